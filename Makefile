@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint clean
+
+# Set-up happens once; touching pyproject.toml or constraints.txt repeats it.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; PyTorch is large)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --out runs/demo --overwrite
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest tests mlsbi --doctest-modules -m "not slow"
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest tests -m slow
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
