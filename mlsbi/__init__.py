@@ -1,0 +1,68 @@
+r"""Bayesian inference for simulators too expensive to run often.
+
+Names are imported when first used: `optimal_allocation` needs no torch, and the package imports as fast as torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlsbi import diagnostics, plots, tasks
+    from mlsbi.allocation.optimal import Allocation, optimal_allocation
+    from mlsbi.allocation.piloting import PilotReport, pilot
+    from mlsbi.data import LevelData, MultilevelData
+    from mlsbi.density.flows import NSF
+    from mlsbi.inference.npe import NPE
+    from mlsbi.inference.posteriors import DirectPosterior
+    from mlsbi.inference.loading import load
+    from mlsbi.levels import Level, LevelStack
+    from mlsbi.priors import BoxPrior
+    from mlsbi.simulation.campaign import simulate
+    from mlsbi.strategies.multilevel import Multilevel
+    from mlsbi.strategies.single_level import SingleLevel
+    from mlsbi.training.loop import TrainingOptions
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Allocation": "allocation.optimal",
+    "optimal_allocation": "allocation.optimal",
+    "PilotReport": "allocation.piloting",
+    "pilot": "allocation.piloting",
+    "LevelData": "data",
+    "MultilevelData": "data",
+    "NSF": "density.flows",
+    "NPE": "inference.npe",
+    "DirectPosterior": "inference.posteriors",
+    "load": "inference.loading",
+    "Level": "levels",
+    "LevelStack": "levels",
+    "BoxPrior": "priors",
+    "simulate": "simulation.campaign",
+    "Multilevel": "strategies.multilevel",
+    "SingleLevel": "strategies.single_level",
+    "TrainingOptions": "training.loop",
+}
+_MODULES = ("diagnostics", "plots", "tasks")
+
+__all__ = [  # noqa: PLE0604
+    "NPE", "NSF", "Allocation", "BoxPrior", "DirectPosterior", "Level", "LevelData", "LevelStack", "Multilevel",
+    "MultilevelData", "PilotReport", "SingleLevel", "TrainingOptions", "diagnostics", "load", "optimal_allocation",
+    "pilot", "plots", "simulate", "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"mlsbi.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlsbi' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"mlsbi.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+r"""Drawing, coupling and running simulations."""

@@ -1,0 +1,156 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlsbi
+
+ROOT = Path(mlsbi.__file__).parent
+FLOORS = [
+    {"priors", "data"},
+    {"levels"},
+    {"simulation"},
+    {"density"},
+    {"training"},
+    {"strategies"},
+    {"allocation"},
+    {"inference"},
+    {"diagnostics"},
+    {"tasks"},
+    {"plots", "report", "loading", "cli"},
+]
+# Within a folder a file imports only from files listed before it.
+ORDER = {
+    "": ["priors", "data", "levels", "loading"],
+    "simulation": ["seeding", "executors", "campaign"],
+    "density": ["standardise", "splines", "flows", "conditional"],
+    "training": ["objective", "weights", "gradients", "loop"],
+    "strategies": ["multilevel", "single_level", "registry", "fitting"],
+    "allocation": ["problem", "goals", "integers", "advising", "optimal", "piloting"],
+    "inference": ["posteriors", "saving", "npe", "loading"],
+    "diagnostics": ["metrics", "calibration"],
+    "tasks": ["task", "ou", "camels", "registry"],
+    "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "posterior"],
+    "report": ["checking", "figures", "html"],
+    "cli": ["targets", "running", "main"],
+}
+TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor
+
+
+def floor_of(part: str) -> int:
+    return next(index for index, names in enumerate(FLOORS) if part in names)
+
+
+def imports_of(path: Path) -> list[str]:
+    found = []
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("mlsbi.")]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mlsbi":
+            assert node.level == 0
+            if node.module == "mlsbi":
+                found += [f"mlsbi.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            else:
+                found.append(node.module)
+    return found
+
+
+def violation(importer: list[str], imported: list[str]) -> str | None:
+    """Why one module may not import another; both without the package's name."""
+    here, there = importer[0], imported[0]
+    if here == there:
+        order = ORDER[here]
+        if len(imported) > 1 and importer[-1] != "__init__" and order.index(imported[1]) >= order.index(importer[1]):
+            return "is not listed before it in its folder"
+        return None
+    if floor_of(there) > floor_of(here):
+        return "is on a higher floor"
+    if floor_of(there) == floor_of(here):
+        order = TOP if here in TOP else ORDER[""]
+        if order.index(there) >= order.index(here):
+            return "is not listed before it on its floor"
+    return None
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    importer = list(path.relative_to(ROOT).with_suffix("").parts)
+    for name in imports_of(path):
+        imported = name.split(".")[1:]
+        assert imported[0] in set.union(*FLOORS), f"{name} is on no floor"
+        why = violation(importer, imported)
+        assert why is None, f"{path.relative_to(ROOT)} imports {name}, which {why}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_is_listed(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    folder = parts[0] if len(parts) > 1 else ""
+    assert parts[-1] == "__init__" or parts[-1] in ORDER[folder]
+
+
+def test_an_upward_import_is_found():
+    assert violation(["data"], ["training", "loop"]) == "is on a higher floor"
+    assert violation(["training", "objective"], ["training", "loop"]) is not None
+    assert violation(["training", "loop"], ["training", "objective"]) is None
+    assert violation(["plots", "style"], ["cli", "main"]) is not None
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_say_what_they_are(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    if path.name != "__init__.py":
+        assert any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    loaded = run_python("import sys, mlsbi; mlsbi.__dir__(); print([m for m in ('torch', 'numpy', 'matplotlib') "
+                        "if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_allocation_needs_no_torch():
+    assert run_python("import sys; from mlsbi import optimal_allocation; print('torch' in sys.modules)") == "False"
+
+
+def test_estimators_need_no_plots():
+    assert run_python("import sys; from mlsbi import NPE; print([m for m in ('mlsbi.plots', 'pandas', 'scipy.stats') "
+                      "if m in sys.modules])") == "[]"
+
+
+def test_public_names_exist_and_complete():
+    for name in mlsbi.__all__:
+        assert getattr(mlsbi, name) is not None
+        assert name in dir(mlsbi)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mlsbi.nonsense  # noqa: B018
+
+
+def test_the_library_leaves_global_random_state_alone():
+    seeding = ("manual_seed(", "np.random.seed", "random.seed(")
+    for path in modules():
+        text = path.read_text()
+        for call in seeding:
+            for line in text.splitlines():
+                if call in line and "Generator()" not in line:
+                    assert "fork_rng" in text, f"{path} seeds global state outside a fork: {line}"
