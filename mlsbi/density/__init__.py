@@ -1,0 +1,1 @@
+r"""Conditional densities: standardisation, splines, flows."""
