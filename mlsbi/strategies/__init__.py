@@ -1,0 +1,1 @@
+r"""Ways to use the levels of a data set, one file each."""

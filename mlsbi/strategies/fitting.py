@@ -1,0 +1,126 @@
+r"""From coupled simulations to trained networks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from mlsbi.data import MultilevelData
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.density.flows import DensityBuilder
+from mlsbi.density.standardise import Standardiser
+from mlsbi.priors import Unbounded, check_theta
+from mlsbi.simulation.seeding import child_seed
+from mlsbi.strategies.registry import Strategy
+from mlsbi.training.loop import History, TrainingOptions
+from mlsbi.training.objective import Term, split_terms
+
+__all__ = ["Problem", "fit_ensemble", "posterior_problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""Standardised rows of every term, and the scalers that standardised them.
+
+    Args:
+        terms: Rows of each level's term.
+        input_scaler: Standardiser of what the density is of.
+        condition_scaler: Standardiser of what it is conditioned on.
+    """
+
+    terms: tuple[Term, ...]
+    input_scaler: Standardiser
+    condition_scaler: Standardiser
+
+    def network(self, builder: DensityBuilder, embedding: nn.Module | None, *, seed: int) -> ConditionalDensity:
+        """A fresh network with these scalers, initialised from a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if embedding is not None:
+                embedding = _fresh_copy(embedding)
+            # Every network owns its scalers: it may move to a device, and is saved by itself.
+            scalers = copy.deepcopy(self.input_scaler), copy.deepcopy(self.condition_scaler)
+            return ConditionalDensity(builder, *scalers, embedding)
+
+
+def posterior_problem(data: MultilevelData, prior: Distribution) -> Problem:
+    r"""Rows for a density of unbounded theta given x.
+
+    Args:
+        data: Coupled simulations.
+        prior: The prior, whose support is mapped to unbounded space.
+
+    Raises:
+        ValueError: If theta does not fit the prior.
+    """
+    unbounded = Unbounded(prior)
+    inputs: list[Tensor] = []
+    for name, level in zip(data.names, data.levels, strict=True):
+        check_theta(prior, level.theta, where=f"level '{name}' of the data")
+        inputs.append(unbounded.to(level.theta).float())
+    input_scaler = Standardiser.fit(inputs)
+    condition_scaler = Standardiser.fit([level.fine for level in data.levels])
+
+    def standard(x: Tensor | None) -> Tensor | None:
+        return None if x is None else condition_scaler(x.float())
+
+    terms = tuple(
+        Term(input_scaler(z), condition_scaler(level.fine.float()), standard(level.coarse))
+        for z, level in zip(inputs, data.levels, strict=True)
+    )
+    return Problem(terms, input_scaler, condition_scaler)
+
+
+def fit_ensemble(
+    problem: Problem,
+    builder: DensityBuilder,
+    strategy: Strategy,
+    *,
+    members: int = 1,
+    embedding: nn.Module | None = None,
+    options: TrainingOptions,
+    device: str | torch.device = "cpu",
+    seed: int,
+    progress: bool = True,
+) -> tuple[list[ConditionalDensity], list[History]]:
+    r"""Trains networks that differ in initialisation and in the rows held out.
+
+    Args:
+        problem: Standardised rows and scalers.
+        builder: Builds the density.
+        strategy: Which rows and which objective.
+        members: Networks to train.
+        embedding: Network from standardised conditions to vectors; each member gets its own copy, re-initialised.
+        options: How each is trained.
+        device: Where.
+        seed: Seed of initialisation, splits, batches and dropout.
+        progress: Whether to show a progress bar.
+    """
+    rows = strategy.terms(problem.terms)
+    networks, histories = [], []
+    for member in range(members):
+        network = problem.network(builder, embedding, seed=child_seed(seed, member, 0)).to(device)
+        generator = torch.Generator().manual_seed(child_seed(seed, member, 1))
+        if options.validation_fraction:
+            train, held = split_terms(rows, options.validation_fraction, generator)
+        else:
+            train, held = list(rows), []
+        label = "training" if members == 1 else f"training {member + 1}/{members}"
+        histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, member, 2),
+                                      progress=progress, label=label))
+        networks.append(network)
+    return networks, histories
+
+
+def _fresh_copy(module: nn.Module) -> nn.Module:
+    """A copy whose parts that can reset themselves start from new values."""
+    fresh = copy.deepcopy(module)
+    for part in fresh.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh

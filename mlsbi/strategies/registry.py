@@ -1,0 +1,78 @@
+r"""Names of strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.strategies.multilevel import Multilevel
+from mlsbi.strategies.single_level import SingleLevel
+from mlsbi.training.loop import History, TrainingOptions
+from mlsbi.training.objective import Term
+
+__all__ = ["Strategy", "resolve_strategy", "strategy_from_config", "strategy_names", "strategy_to_config"]
+
+
+class Strategy(Protocol):
+    """A way to train one network on coupled rows: a frozen dataclass with two methods."""
+
+    def terms(self, terms: Sequence[Term]) -> list[Term]:
+        """The rows to train on, out of those of all levels; they are split before `fit`."""
+        ...
+
+    def fit(
+        self,
+        network: ConditionalDensity,
+        train: Sequence[Term],
+        validation: Sequence[Term],
+        *,
+        options: TrainingOptions,
+        seed: int,
+        progress: bool = True,
+        label: str = "training",
+    ) -> History:
+        """Trains the network in place and leaves it with its best weights, in eval mode."""
+        ...
+
+
+_STRATEGIES: dict[str, Strategy] = {
+    "multilevel": Multilevel(),
+    "high": SingleLevel(-1),
+    "low": SingleLevel(0),
+}
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Names that `resolve_strategy` knows."""
+    return tuple(_STRATEGIES)
+
+
+def resolve_strategy(strategy: str | Strategy) -> Strategy:
+    """A strategy from its name, or the strategy itself.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If it is neither a name nor a strategy.
+    """
+    if isinstance(strategy, str):
+        if strategy not in _STRATEGIES:
+            raise ValueError(f"Unknown strategy '{strategy}'; known: {list(_STRATEGIES)}, or pass a strategy.")
+        return _STRATEGIES[strategy]
+    if not (callable(getattr(strategy, "terms", None)) and callable(getattr(strategy, "fit", None))):
+        raise TypeError(f"Expected a strategy name or an object with terms() and fit(); got "
+                        f"{type(strategy).__name__}. A class must be called: Multilevel().")
+    return strategy
+
+
+def strategy_to_config(strategy: Strategy) -> dict[str, Any]:
+    """JSON description of a strategy."""
+    return {"name": type(strategy).__name__, "options": asdict(strategy)}  # type: ignore[call-overload]
+
+
+def strategy_from_config(config: Mapping[str, Any]) -> Strategy | None:
+    """Inverse of `strategy_to_config` for the strategies above; `None` for a user's own."""
+    kinds = {type(strategy).__name__: type(strategy) for strategy in _STRATEGIES.values()}
+    kind = kinds.get(config["name"])
+    return None if kind is None else kind(**config["options"])

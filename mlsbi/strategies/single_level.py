@@ -1,0 +1,57 @@
+r"""Training on the simulations of one level alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
+from mlsbi.training.objective import Term
+
+__all__ = ["SingleLevel"]
+
+
+@dataclass(frozen=True)
+class SingleLevel:
+    r"""Plain training on every output of one level: its own rows and the coarse halves of the pairs above.
+
+    Args:
+        level: Which level; negative counts from the finest.
+    """
+
+    level: int = -1
+
+    def terms(self, terms: Sequence[Term]) -> list[Term]:
+        """The rows this strategy trains on, as one term.
+
+        Raises:
+            ValueError: If the data has no such level.
+        """
+        if not -len(terms) <= self.level < len(terms):
+            raise ValueError(f"Expected a level between {-len(terms)} and {len(terms) - 1}; got {self.level}.")
+        level = range(len(terms))[self.level]
+        own = terms[level]
+        inputs, outputs = [own.input], [own.fine]
+        above = terms[level + 1] if level + 1 < len(terms) else None
+        if above is not None and above.coarse is not None:
+            inputs.append(above.input if above.coarse_input is None else above.coarse_input)
+            outputs.append(above.coarse)
+        return [Term(torch.cat(inputs), torch.cat(outputs))]
+
+    def fit(
+        self,
+        network: ConditionalDensity,
+        train: Sequence[Term],
+        validation: Sequence[Term],
+        *,
+        options: TrainingOptions,
+        seed: int,
+        progress: bool = True,
+        label: str = "training",
+    ) -> History:
+        """Trains the network in place; see `minimise`."""
+        return minimise(network, train, validation, objective=Objective(), options=options, seed=seed,
+                        progress=progress, label=label)

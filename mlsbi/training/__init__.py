@@ -1,0 +1,1 @@
+r"""The telescoping objective and the loop that minimises it."""

@@ -1,0 +1,124 @@
+r"""The telescoping multilevel loss over coupled rows.
+
+.. math:: E[f^L] = \sum_l \left( a_l\, E[f^l] - a_{l-1}\, E[f^{l-1}] \right), \quad a_L = 1,\ a_{-1} = 0
+
+is unbiased for every choice of weights fixed in advance. `a = 1` is the published objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Term", "batch_terms", "split_terms", "telescope"]
+
+
+@dataclass(frozen=True)
+class Term:
+    r"""Standardised rows of one level's term.
+
+    Args:
+        input: What the density is of, shape `(n, dim)`.
+        fine: Condition of the fine half, shape `(n, ...)`.
+        coarse: Condition of the coarse half; `None` in the first term.
+        coarse_input: Input of the coarse half where it differs (a likelihood); `input` when left out.
+    """
+
+    input: Tensor
+    fine: Tensor
+    coarse: Tensor | None = None
+    coarse_input: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input)
+
+    def rows(self, index: Tensor) -> Term:
+        """The rows that `index` picks, still aligned."""
+        coarse = None if self.coarse is None else self.coarse[index]
+        coarse_input = None if self.coarse_input is None else self.coarse_input[index]
+        return Term(self.input[index], self.fine[index], coarse, coarse_input)
+
+    def to(self, device: torch.device | str) -> Term:
+        """The same rows on a device."""
+        parts = (self.input, self.fine, self.coarse, self.coarse_input)
+        return Term(*(part if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Halves of all terms in one tensor: fine 0, then fine and coarse of each level above."""
+
+    input: Tensor
+    condition: Tensor
+    sizes: tuple[int, ...]
+
+    def halves(self) -> list[tuple[Tensor, Tensor]]:
+        """`(input, condition)` of each half."""
+        return list(zip(self.input.split(self.sizes), self.condition.split(self.sizes), strict=True))
+
+
+def batch_terms(terms: Sequence[Term]) -> Batch:
+    """Joins the halves of all terms, the order in which `telescope` reads their losses."""
+    inputs, conditions = [], []
+    for term in terms:
+        inputs.append(term.input)
+        conditions.append(term.fine)
+        if term.coarse is not None:
+            inputs.append(term.input if term.coarse_input is None else term.coarse_input)
+            conditions.append(term.coarse)
+    return Batch(torch.cat(inputs), torch.cat(conditions), tuple(len(part) for part in inputs))
+
+
+def telescope(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""Weighted telescoping sum of mean losses.
+
+    Args:
+        halves: Row losses of fine 0, fine 1, coarse 1, fine 2, coarse 2, ...
+        weights: a_0 .. a_L, of which the last is 1.
+
+    Returns:
+        The multilevel estimate of the finest level's mean loss, a scalar.
+
+    References:
+        | Multilevel neural simulation-based inference (Hikida et al., 2025)
+        | https://arxiv.org/abs/2506.06087
+
+    Example:
+        >>> low, high, low_twin = torch.tensor([1.0, 3.0]), torch.tensor([5.0]), torch.tensor([4.0])
+        >>> telescope([low, high, low_twin], [1.0, 1.0])
+        tensor(3.)
+    """
+    loss = weights[0] * halves[0].mean()
+    for level in range(1, len(weights)):
+        fine, coarse = halves[2 * level - 1], halves[2 * level]
+        loss = loss + weights[level] * fine.mean() - weights[level - 1] * coarse.mean()
+    return loss
+
+
+def split_terms(
+    terms: Sequence[Term], fraction: float, generator: torch.Generator
+) -> tuple[list[Term], list[Term]]:
+    r"""Holds out whole rows of every term, pairs kept together.
+
+    Args:
+        terms: Rows of every level.
+        fraction: Share of each term's rows to hold out; at least one, and at least one stays.
+        generator: Source of the permutation.
+
+    Raises:
+        ValueError: If a term has fewer than two rows.
+    """
+    kept, held = [], []
+    for level, term in enumerate(terms):
+        n = len(term)
+        if n < 2:
+            raise ValueError(f"Expected at least 2 rows in term {level}, one to train on and one to hold out; got {n}. "
+                             "Simulate more, or set validation_fraction=0 to train for a fixed number of epochs.")
+        out = min(max(round(fraction * n), 1), n - 1)
+        order = torch.randperm(n, generator=generator)
+        held.append(term.rows(order[:out]))
+        kept.append(term.rows(order[out:]))
+    return kept, held
