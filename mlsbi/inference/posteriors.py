@@ -1,0 +1,176 @@
+r"""Posteriors that are sampled and evaluated directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.priors import Unbounded, in_support, parameter_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["DirectPosterior"]
+
+_CHUNK = 1 << 16  # rows evaluated at once
+
+
+class DirectPosterior:
+    r"""The mixture of an ensemble of densities q(theta | x), inside the prior's support by construction.
+
+    Args:
+        networks: Trained densities of unbounded theta given x, all of one device.
+        prior: The prior.
+        x: Default observation, shape `(...)` or `(1, ...)`.
+
+    Raises:
+        ValueError: If the observation does not have the shape of the training outputs, or is not finite.
+    """
+
+    def __init__(self, networks: Sequence[ConditionalDensity], prior: Distribution, x: Any = None) -> None:
+        self.networks = tuple(networks)
+        self.prior = prior
+        self._unbounded = Unbounded(prior)
+        self._x_shape = tuple(self.networks[0].condition_scaler.mean.shape)
+        self._device = self.networks[0].condition_scaler.mean.device
+        self.x: Tensor | None = None if x is None else self._one(x)
+
+    def set_default_x(self, x: Any) -> DirectPosterior:
+        """Sets the observation that calls without `x` use; returns the posterior."""
+        self.x = self._one(x)
+        return self
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = (1,), x: Any = None, seed: int | None = None) -> Tensor:
+        r"""Draws from the posterior of one observation.
+
+        Args:
+            sample_shape: `(n,)`.
+            x: Observation, shape `(...)` or `(1, ...)`; the default one when left out.
+            seed: Seed of the draws; a fresh one when left out. Torch's global random state is left as found.
+
+        Returns:
+            Parameters, shape `(n, D)`.
+        """
+        return self.sample_batched(sample_shape, self._observation(x), seed=seed)[:, 0]
+
+    @torch.no_grad()
+    def sample_batched(self, sample_shape: Sequence[int], x: Any, seed: int | None = None) -> Tensor:
+        """Draws `(n, B, D)` given observations x of shape `(B, ...)`."""
+        n = _length(sample_shape)
+        batch = self._many(x)
+        seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            # How many draws each member gives is random: the ensemble is a mixture.
+            members = torch.randint(len(self.networks), (n,)).bincount(minlength=len(self.networks)).tolist()
+            drawn = []
+            for network, count in zip(self.networks, members, strict=True):
+                step = max(1, _CHUNK // len(batch))
+                for start in range(0, count, step):
+                    drawn.append(network.sample(min(step, count - start), batch).cpu())
+            z = torch.cat(drawn)
+            z = z[torch.randperm(n)]
+        return self._unbounded.back(z)
+
+    @torch.no_grad()
+    def log_prob(self, theta: Any, x: Any = None) -> Tensor:
+        """Normalised log density of theta `(n, D)` or `(D,)`, shape `(n,)`; `-inf` outside the prior's support."""
+        points = torch.as_tensor(theta, dtype=torch.get_default_dtype())
+        points = points[None] if points.ndim == 1 else points
+        return self.log_prob_batched(points[:, None], self._observation(x))[:, 0]
+
+    @torch.no_grad()
+    def log_prob_batched(self, theta: Any, x: Any) -> Tensor:
+        """Log density of theta `(n, B, D)` (or `(1, B, D)`, `(n, 1, D)`) given x `(B, ...)`, shape `(n, B)`."""
+        points = torch.as_tensor(theta, dtype=torch.get_default_dtype()).cpu()
+        batch = self._many(x)
+        dim = self.prior.event_shape[0]
+        if points.ndim != 3 or points.shape[2] != dim or points.shape[1] not in (1, len(batch)):
+            raise ValueError(f"Expected theta of shape (n, {len(batch)}, {dim}); got {tuple(points.shape)}.")
+        points = points.expand(-1, len(batch), -1)
+        flat = points.reshape(-1, dim)
+        inside = in_support(self.prior, flat)
+        result = torch.full((len(flat),), -torch.inf)
+        rows = inside.nonzero()[:, 0]
+        for chunk in rows.split(_CHUNK):
+            result[chunk] = self._log_prob_rows(flat[chunk], batch[chunk.to(batch.device) % len(batch)])
+        return result.reshape(points.shape[:2])
+
+    def _log_prob_rows(self, theta: Tensor, x: Tensor) -> Tensor:
+        z = self._unbounded.to(theta)
+        members = torch.stack([network.log_prob(z.to(x), x) for network in self.networks])
+        mixture = members.logsumexp(0) - np.log(len(self.networks))
+        return mixture.cpu() - self._unbounded.log_abs_det(z, theta)
+
+    def map(self, x: Any = None, *, seed: int = 0, draws: int = 2000, steps: int = 200) -> Tensor:
+        r"""The parameters of highest posterior density, shape `(D,)`.
+
+        Args:
+            x: Observation; the default one when left out.
+            seed: Seed of the starting points.
+            draws: Posterior draws, of which the best 16 start an ascent.
+            steps: Steps of the ascent.
+        """
+        batch = self._observation(x)
+        theta = self.sample((draws,), batch, seed=seed)
+        best = self.log_prob(theta, batch).topk(min(16, draws)).indices
+        start = theta[best]
+        z = self._unbounded.to(start).clone().requires_grad_(True)
+        optimiser = torch.optim.Adam([z], lr=0.02)
+        rows = batch.expand(len(z), *batch.shape[1:])
+        for _ in range(steps):
+            optimiser.zero_grad()
+            (-self._log_prob_rows(self._unbounded.back(z), rows).sum()).backward()
+            optimiser.step()
+        # An ascent that ran off, on a ridge or to an edge, loses to where it began.
+        candidates = torch.cat([start, self._unbounded.back(z.detach())])
+        return candidates[self.log_prob(candidates, batch).argmax()]
+
+    def to_frame(self, n: int = 1000, x: Any = None, seed: int | None = None) -> pd.DataFrame:
+        """Draws as a table with one named column per parameter."""
+        import pandas as pd  # slow to import, and little else here needs it
+
+        return pd.DataFrame(self.sample((n,), x, seed).numpy(), columns=list(parameter_names(self.prior)))
+
+    def _observation(self, x: Any) -> Tensor:
+        if x is None:
+            if self.x is None:
+                raise ValueError("No observation: pass x, or set one with posterior.set_default_x(x_o).")
+            return self.x
+        return self._one(x)
+
+    def _one(self, x: Any) -> Tensor:
+        tensor = torch.as_tensor(x, dtype=torch.get_default_dtype())
+        if tuple(tensor.shape) == self._x_shape:
+            tensor = tensor[None]
+        if tuple(tensor.shape) != (1, *self._x_shape):
+            raise ValueError(f"Expected one observation of shape {self._x_shape} or {(1, *self._x_shape)}; got "
+                             f"{tuple(tensor.shape)}. Use sample_batched and log_prob_batched for several.")
+        return self._many(tensor)
+
+    def _many(self, x: Any) -> Tensor:
+        tensor = torch.as_tensor(x, dtype=torch.get_default_dtype())
+        if tuple(tensor.shape[1:]) != self._x_shape or tensor.ndim == 0 or len(tensor) == 0:
+            raise ValueError(f"Expected observations of shape (B, {', '.join(map(str, self._x_shape))}); got "
+                             f"{tuple(tensor.shape)}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError("Expected a finite observation; it has NaN or infinite entries.")
+        return tensor.to(self._device)
+
+    def __repr__(self) -> str:
+        given = "no observation set" if self.x is None else f"given x of shape {self._x_shape}"
+        return f"DirectPosterior({', '.join(parameter_names(self.prior))}; {len(self.networks)} networks; {given})"
+
+
+def _length(sample_shape: Sequence[int]) -> int:
+    shape = tuple(sample_shape)
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"Expected sample_shape (n,) with n >= 1; got {shape}.")
+    return int(shape[0])
