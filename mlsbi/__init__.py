@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mlsbi.allocation.piloting import PilotReport, pilot
     from mlsbi.data import LevelData, MultilevelData
     from mlsbi.density.flows import NSF
+    from mlsbi.inference.loading import load
     from mlsbi.inference.npe import NPE
     from mlsbi.inference.posteriors import DirectPosterior
-    from mlsbi.inference.loading import load
     from mlsbi.levels import Level, LevelStack
     from mlsbi.priors import BoxPrior
     from mlsbi.simulation.campaign import simulate

@@ -107,6 +107,11 @@ class MultilevelData:
         """Rows per level."""
         return tuple(len(level) for level in self.levels)
 
+    @property
+    def checked(self) -> bool:
+        """Whether `simulate` or `pilot` made these rows, which see to it that simulators are deterministic."""
+        return self.seconds is not None
+
     def __len__(self) -> int:
         return len(self.levels)
 
@@ -136,6 +141,9 @@ class MultilevelData:
             empty: Whether levels without rows are allowed, as in a pilot's data.
         """
         shape = tuple(self.levels[0].fine.shape[1:])
+        if not shape:
+            raise ValueError("Expected outputs of shape (n, ...), one row a simulation; got one number a row. Pass "
+                             "x[:, None].")
         for name, level in zip(self.names, self.levels, strict=True):
             if level.theta.ndim != 2 or (len(level) == 0 and not empty):
                 raise ValueError(f"Expected theta of shape (n, D), n > 0, at level '{name}'; got "
@@ -146,7 +154,7 @@ class MultilevelData:
                 if tuple(x.shape) != (len(level), *shape):
                     raise ValueError(f"Expected {half} outputs of shape {(len(level), *shape)} at level '{name}'; got "
                                      f"{tuple(x.shape)}.")
-                bad = int((~torch.isfinite(x.reshape(len(level), -1)).all(1)).sum())
+                bad = int((~torch.isfinite(x).flatten(1).all(1)).sum())
                 if bad:
                     raise ValueError(f"Expected finite outputs; {bad} {half} rows of level '{name}' are not. "
                                      "Leave those pairs out, at every level that uses them.")

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Uniform, biject_to
 from torch.distributions.transforms import Transform
 
+from mlsbi.randomness import seeded
+
 __all__ = ["BoxPrior", "Unbounded", "check_prior", "check_theta", "in_support", "parameter_names", "sample_prior"]
 
 
-class BoxPrior(Independent):
+class BoxPrior(Independent):  # type: ignore[type-arg]  # generic in type stubs only
     r"""Independent uniform distributions on a closed box.
 
     Args:
@@ -45,7 +47,7 @@ class BoxPrior(Independent):
                 f"Expected low and high of one shape (D,); got {tuple(low_t.shape)} and {tuple(high_t.shape)}."
             )
         if not bool(torch.isfinite(low_t).all() & torch.isfinite(high_t).all() & (low_t < high_t).all()):
-            raise ValueError(f"Expected finite edges with low < high; got low={low_t.tolist()}, high={high_t.tolist()}.")
+            raise ValueError(f"Expected finite edges, low < high; got low={low_t.tolist()}, high={high_t.tolist()}.")
         if names is not None and (len(names) != len(low_t) or len(set(names)) != len(names)):
             raise ValueError(f"Expected {len(low_t)} different names, one per parameter; got {list(names)}.")
         self.low, self.high = low_t, high_t
@@ -58,7 +60,7 @@ class BoxPrior(Independent):
         volume = torch.log(self.high - self.low).sum()
         return torch.where(inside, -volume, -torch.inf)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Independent:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Distribution:
         """The same distribution with a batch shape, as every torch distribution offers."""
         return Independent(self.base_dist, 1, validate_args=False).expand(batch_shape)
 
@@ -99,8 +101,7 @@ class Unbounded:
 
 def sample_prior(prior: Distribution, n: int, *, seed: int) -> Tensor:
     """Draws `(n, D)` parameters from a seed, leaving torch's global random state as found."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return prior.sample((n,))
 
 
@@ -156,7 +157,10 @@ def check_theta(prior: Distribution, theta: Tensor, *, where: str) -> None:
 def in_support(prior: Distribution, theta: Tensor) -> Tensor:
     """Whether each parameter vector of `(..., D)` is finite and inside the support, shape `(...,)`."""
     finite = torch.isfinite(theta).all(-1)
-    return finite & prior.support.check(torch.nan_to_num(theta))
+    if theta.numel() == 0:
+        return finite
+    support: Any = prior.support
+    return finite & support.check(torch.nan_to_num(theta))
 
 
 def parameter_names(prior: Distribution) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def test_unbounded_is_a_bijection_with_the_right_jacobian(name):
     theta = sample_prior(prior, 50, seed=1).double()
     z = unbounded.to(theta)
     assert torch.allclose(unbounded.back(z), theta, atol=1e-5)  # float32 edges of the support
-    point = z[0].requires_grad_(True)
+    point = z[0].requires_grad_()
     jacobian = torch.autograd.functional.jacobian(unbounded.back, point)[: len(point)]
     log_det = unbounded.log_abs_det(z[:1], theta[:1])[0]
     assert log_det.item() == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-5)

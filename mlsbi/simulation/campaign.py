@@ -32,7 +32,10 @@ _BATCH_SECONDS = 1.0  # what a batch of slow simulations should take, so that pr
 class Plan(Protocol):
     """Anything with a number of rows per level, such as an `Allocation`."""
 
-    n: Sequence[int]
+    @property
+    def n(self) -> Sequence[int]:
+        """Rows per level, cheapest first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def simulate(
     r"""Simulates independent coupled rows for every level's term of the telescoping sum.
 
     The first two rows of every level but the finest are replayed to see whether its simulator is deterministic;
-    replays are counted as runs. Rows with a NaN or infinite output are left out with their twin, counted per level
-    and warned about.
+    replays are counted as runs, and not made when rows of a checked campaign, such as a pilot's, are reused.
+    Rows with a NaN or infinite output are left out with their twin, counted per level and warned about.
 
     Args:
         stack: Prior, noise and levels.
@@ -101,18 +104,21 @@ def simulate(
         (100, 5)
     """
     names = stack.names
-    n = spread(getattr(n_or_plan, "n", n_or_plan), len(stack), what="n")
+    wanted: Any = getattr(n_or_plan, "n", n_or_plan)
+    n = spread(wanted, len(stack), what="n")
     have = list(reuse.n) if reuse is not None else [0] * len(stack)
     _check_request(stack, n, reuse, batch_size)
     lost = reuse.failures if reuse is not None else (0,) * len(stack)
     # New rows start behind as many as were made before: data of the same seed is extended, never repeated.
-    terms = [_Term(stack.levels[max(level - 1, 0) : level + 1], level, n[level] - have[level], have[level] + lost[level])
-             for level in range(len(stack))]
+    terms = [
+        _Term(stack.levels[max(level - 1, 0) : level + 1], level, n[level] - have[level], have[level] + lost[level])
+        for level in range(len(stack))
+    ]
     with open_executor(executor, workers) as pool, _bar(sum(term.n for term in terms), progress) as bar:
         runner = _Runner(stack, seed, pool, batch_size, bar, _known_shape(reuse))
         for term in terms:
-            finest = term.stream == len(stack) - 1
-            runner.probe(term, replay=1 if (not finest or replay_finest) else 0)
+            cheap = term.stream < len(stack) - 1 and not (reuse is not None and reuse.checked)
+            runner.probe(term, replay=slice(-1, None) if cheap or (replay_finest and term is terms[-1]) else slice(0))
         for term in reversed(terms):
             runner.finish(term)
     rows = [runner.collect(term) for term in terms]
@@ -170,7 +176,7 @@ def simulate_joint(
     term = _Term(tuple(stack.levels[levels]), stream, n)
     with open_executor(executor, workers) as pool, _bar(n, progress) as bar:
         runner = _Runner(stack, seed, pool, None, bar, None)
-        runner.probe(term, replay=len(term.levels) - 1 if replay else 0)
+        runner.probe(term, replay=slice(-1) if replay else slice(0))
         runner.finish(term)
     joint = runner.collect(term)
     assert joint is not None  # noqa: S101  # n >= 1 was checked by the caller
@@ -216,8 +222,8 @@ class _Runner:
     bar: Any
     shape: tuple[int, ...] | None
 
-    def probe(self, term: _Term, *, replay: int) -> None:
-        """Runs a term's first rows alone, checks them, and runs the first `replay` levels again."""
+    def probe(self, term: _Term, *, replay: slice) -> None:
+        """Runs a term's first rows alone, checks them, and runs the levels `replay` of the term again."""
         rows = min(_CHECKED, term.n)
         if rows == 0:
             return
@@ -225,11 +231,12 @@ class _Runner:
         before = (theta.clone(), map_noise(torch.clone, noise))
         self._take(term, 0, theta, self._submit(term.levels, theta, noise))
         _check_unchanged(term.levels, before, (theta, noise))
-        again, seconds = _receive(self._submit(term.levels[:replay], *before)) if replay else ([], [])
-        for index, output in enumerate(again):
+        replayed = range(len(term.levels))[replay]
+        again, seconds = _receive(self._submit([term.levels[index] for index in replayed], *before))
+        for index, output, took in zip(replayed, again, seconds, strict=True):
             first = term.chunks[0][1][index]
             term.runs[index] += rows
-            term.seconds[index] += seconds[index]
+            term.seconds[index] += took
             if not torch.allclose(first, output, rtol=1e-5, atol=1e-30, equal_nan=True):
                 raise ValueError(
                     f"Level '{term.levels[index].name}' is not deterministic: the same theta and noise gave two "
@@ -346,7 +353,8 @@ def _parallelism(pool: Executor) -> int:
 
 def _check_unchanged(levels: Sequence[Level], before: tuple[Tensor, Any], after: tuple[Tensor, Any]) -> None:
     same: list[bool] = [torch.equal(before[0], after[0])]
-    noise_before, noise_after = [], []
+    noise_before: list[Tensor] = []
+    noise_after: list[Tensor] = []
     map_noise(noise_before.append, before[1])
     map_noise(noise_after.append, after[1])
     same += [torch.equal(a, b) for a, b in zip(noise_before, noise_after, strict=True)]

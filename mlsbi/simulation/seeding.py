@@ -6,16 +6,17 @@ A larger n therefore extends a smaller one, and workers, order, batch size and r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlsbi.levels import LevelStack, map_noise
 from mlsbi.priors import sample_prior
+from mlsbi.randomness import child_seed
 
-__all__ = ["BLOCK", "JOINT_STREAM", "TEST_STREAM", "child_seed", "draw_rows"]
+__all__ = ["BLOCK", "JOINT_STREAM", "TEST_STREAM", "draw_rows"]
 
 BLOCK = 1024
 """Rows drawn together."""
@@ -27,16 +28,6 @@ TEST_STREAM = 1 << 17
 """Random stream of test rows. Streams 0, 1, ... are the levels' own."""
 
 
-def child_seed(seed: int, *key: int) -> int:
-    """A 63-bit seed for one purpose, from a user's seed and the numbers that name the purpose.
-
-    Example:
-        >>> child_seed(1, 0, 0) == child_seed(1, 0, 0), child_seed(1, 0, 0) == child_seed(1, 0, 1)
-        (True, False)
-    """
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def draw_rows(stack: LevelStack, start: int, stop: int, *, seed: int, stream: int) -> tuple[Tensor, Any]:
     """Draws theta `(stop - start, D)` and the noise of rows `start:stop` of one stream."""
     thetas, noises = [], []
@@ -44,8 +35,12 @@ def draw_rows(stack: LevelStack, start: int, stop: int, *, seed: int, stream: in
         rows = slice(max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK))
         thetas.append(sample_prior(stack.prior, BLOCK, seed=child_seed(seed, stream, block, 0))[rows])
         generator = torch.Generator().manual_seed(child_seed(seed, stream, block, 1))
-        noises.append(map_noise(lambda tensor, rows=rows: tensor[rows], stack.draw_noise(BLOCK, generator)))
+        noises.append(map_noise(partial(_take, rows), stack.draw_noise(BLOCK, generator)))
     return torch.cat(thetas), _join(noises)
+
+
+def _take(rows: slice, tensor: Tensor) -> Tensor:
+    return tensor[rows]
 
 
 def _join(noises: list[Any]) -> Any:
