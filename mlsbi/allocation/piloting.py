@@ -18,8 +18,9 @@ from mlsbi.data import LevelData, MultilevelData
 from mlsbi.density.flows import NSF
 from mlsbi.levels import LevelStack
 from mlsbi.priors import Unbounded
+from mlsbi.randomness import child_seed
 from mlsbi.simulation.campaign import JointRows, simulate_joint
-from mlsbi.simulation.seeding import JOINT_STREAM, child_seed
+from mlsbi.simulation.seeding import JOINT_STREAM
 from mlsbi.strategies.fitting import Problem, posterior_problem
 from mlsbi.training.loop import Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term
@@ -238,17 +239,18 @@ def _fold_terms(
     problem: Problem, joint: JointRows, apart: Sequence[JointRows], unbounded: Unbounded, fold: int
 ) -> tuple[Term, Term]:
     """Outputs of all levels outside a fold, pooled; every fourth of those rows is held out at all levels at once."""
+    sources = [(joint.theta, x) for x in joint.outputs] + [(rows.theta, rows.outputs[0]) for rows in apart]
 
-    def pool(held: bool) -> Term:  # noqa: FBT001
+    def pool(*, held: bool) -> Term:
         inputs, outputs = [], []
-        for theta, x in [*((joint.theta, x) for x in joint.outputs), *((rows.theta, rows.outputs[0]) for rows in apart)]:
+        for theta, x in sources:
             row = torch.arange(len(theta))
             chosen = (row % _FOLDS != fold) & ((row // _FOLDS % 4 == 0) == held)
             inputs.append(problem.input_scaler(unbounded.to(theta[chosen]).float()))
             outputs.append(problem.condition_scaler(x[chosen].float()))
         return Term(torch.cat(inputs), torch.cat(outputs))
 
-    return pool(False), pool(True)
+    return pool(held=False), pool(held=True)
 
 
 def _consistency(losses: np.ndarray[Any, Any], apart: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

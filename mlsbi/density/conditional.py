@@ -2,6 +2,8 @@ r"""A density with its standardisers and embedding: what is trained, saved and s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ class ConditionalDensity(nn.Module):
         ValueError: If the embedding does not return one vector per row.
     """
 
+    density: Any  # an nn.Module with the two methods that a `DensityBuilder` promises
+
     def __init__(
         self,
         builder: DensityBuilder,
@@ -34,7 +38,7 @@ class ConditionalDensity(nn.Module):
         super().__init__()
         self.input_scaler = input_scaler
         self.condition_scaler = condition_scaler
-        self.embedding = embedding if embedding is not None else nn.Flatten()
+        self.embedding: nn.Module = embedding if embedding is not None else nn.Flatten()
         with torch.no_grad():
             vector = self.embedding(torch.zeros(2, *condition_scaler.mean.shape))
         if vector.ndim != 2 or len(vector) != 2:

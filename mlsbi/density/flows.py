@@ -78,7 +78,14 @@ class NSF:
             raise ValueError(f"Expected tail_bound > 0 and 0 <= dropout < 1; got {self}.")
 
     def __call__(self, dim: int, condition_dim: int) -> FlowDensity:
-        """A fresh flow, initialised from torch's global random state."""
+        """A fresh flow, initialised from torch's global random state.
+
+        Raises:
+            ValueError: If one coupling is to model several features, of which it would leave half as they are.
+        """
+        if dim > 1 and self.transforms < 2:
+            raise ValueError(f"Expected at least 2 transforms for {dim} features: one coupling changes only half of "
+                             "them.")
 
         def network(inputs: int, outputs: int) -> ResidualNet:
             return ResidualNet(

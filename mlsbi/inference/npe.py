@@ -20,6 +20,7 @@ from mlsbi.density.standardise import Standardiser
 from mlsbi.inference.posteriors import DirectPosterior
 from mlsbi.inference.saving import prior_from_config, prior_to_config, write_model
 from mlsbi.priors import check_prior
+from mlsbi.randomness import seeded
 from mlsbi.strategies.fitting import fit_ensemble, posterior_problem
 from mlsbi.strategies.registry import Strategy, resolve_strategy, strategy_from_config, strategy_to_config
 from mlsbi.training.loop import History, TrainingOptions
@@ -74,6 +75,7 @@ class NPE:
         self.training = training if training is not None else TrainingOptions()
         self.device = torch.device(device)
         self.seed = seed
+        self._strategy_config: dict[str, Any] = {}
         self.networks: tuple[ConditionalDensity, ...] = ()
         self.histories: tuple[History, ...] = ()
 
@@ -103,6 +105,7 @@ class NPE:
             embedding=self.embedding, options=self.training, device=self.device, seed=self.seed, progress=progress,
         )
         self.networks, self.histories = tuple(networks), tuple(histories)
+        self._strategy_config = strategy_to_config(self.strategy)
         return self
 
     @property
@@ -129,7 +132,7 @@ class NPE:
         config = {
             "estimator": "npe",
             "prior": prior_to_config(self.prior),
-            "strategy": strategy_to_config(self.strategy),
+            "strategy": self._strategy_config,
             "density": builder_to_config(self.builder),
             "embedding": self.embedding is not None,
             "training": asdict(self.training),
@@ -168,13 +171,15 @@ class NPE:
             prior_from_config(config["prior"], prior), density=builder, embedding=embedding,
             training=TrainingOptions(**config["training"]), device=device, seed=config["seed"],
         )
+        npe._strategy_config = dict(config["strategy"])
         npe.strategy = strategy_from_config(config["strategy"])
         npe.histories = tuple(History(**history) for history in config["histories"])
         networks = []
         for member in range(config["members"]):
-            scalers = [Standardiser(torch.zeros(shape), torch.ones(shape)) for shape in (config["dim"], config["x_shape"])]
-            with torch.random.fork_rng(devices=[]):
-                network = ConditionalDensity(builder, *scalers, copy.deepcopy(embedding))
+            theta_scaler, x_scaler = (Standardiser(torch.zeros(shape), torch.ones(shape))
+                                      for shape in (config["dim"], config["x_shape"]))
+            with seeded(0):  # values are overwritten next; only the global state matters
+                network = ConditionalDensity(builder, theta_scaler, x_scaler, copy.deepcopy(embedding))
             start = f"{member}."
             state = {name[len(start):]: tensor for name, tensor in tensors.items() if name.startswith(start)}
             try:

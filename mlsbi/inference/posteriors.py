@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.priors import Unbounded, in_support, parameter_names
+from mlsbi.randomness import child_seed, seeded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,9 +66,7 @@ class DirectPosterior:
         """Draws `(n, B, D)` given observations x of shape `(B, ...)`."""
         n = _length(sample_shape)
         batch = self._many(x)
-        seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(child_seed(seed), self._device):
             # How many draws each member gives is random: the ensemble is a mixture.
             members = torch.randint(len(self.networks), (n,)).bincount(minlength=len(self.networks)).tolist()
             drawn = []
@@ -99,7 +98,7 @@ class DirectPosterior:
         inside = in_support(self.prior, flat)
         result = torch.full((len(flat),), -torch.inf)
         rows = inside.nonzero()[:, 0]
-        for chunk in rows.split(_CHUNK):
+        for chunk in rows.split(_CHUNK) if len(rows) else ():
             result[chunk] = self._log_prob_rows(flat[chunk], batch[chunk.to(batch.device) % len(batch)])
         return result.reshape(points.shape[:2])
 
@@ -122,7 +121,7 @@ class DirectPosterior:
         theta = self.sample((draws,), batch, seed=seed)
         best = self.log_prob(theta, batch).topk(min(16, draws)).indices
         start = theta[best]
-        z = self._unbounded.to(start).clone().requires_grad_(True)
+        z = self._unbounded.to(start).clone().requires_grad_()
         optimiser = torch.optim.Adam([z], lr=0.02)
         rows = batch.expand(len(z), *batch.shape[1:])
         for _ in range(steps):

@@ -14,7 +14,7 @@ from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.flows import DensityBuilder
 from mlsbi.density.standardise import Standardiser
 from mlsbi.priors import Unbounded, check_theta
-from mlsbi.simulation.seeding import child_seed
+from mlsbi.randomness import child_seed, seeded
 from mlsbi.strategies.registry import Strategy
 from mlsbi.training.loop import History, TrainingOptions
 from mlsbi.training.objective import Term, split_terms
@@ -38,8 +38,7 @@ class Problem:
 
     def network(self, builder: DensityBuilder, embedding: nn.Module | None, *, seed: int) -> ConditionalDensity:
         """A fresh network with these scalers, initialised from a seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if embedding is not None:
                 embedding = _fresh_copy(embedding)
             # Every network owns its scalers: it may move to a device, and is saved by itself.
@@ -103,14 +102,14 @@ def fit_ensemble(
     rows = strategy.terms(problem.terms)
     networks, histories = [], []
     for member in range(members):
-        network = problem.network(builder, embedding, seed=child_seed(seed, member, 0)).to(device)
-        generator = torch.Generator().manual_seed(child_seed(seed, member, 1))
+        network = problem.network(builder, embedding, seed=child_seed(seed, 0, member)).to(device)
         if options.validation_fraction:
-            train, held = split_terms(rows, options.validation_fraction, generator)
+            generator = torch.Generator().manual_seed(child_seed(seed, 1))  # one permutation for all members
+            train, held = split_terms(rows, options.validation_fraction, generator, member=member, members=members)
         else:
             train, held = list(rows), []
         label = "training" if members == 1 else f"training {member + 1}/{members}"
-        histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, member, 2),
+        histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, 2, member),
                                       progress=progress, label=label))
         networks.append(network)
     return networks, histories

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.randomness import seeded
 from mlsbi.training.gradients import Combined, combine_gradients
 from mlsbi.training.objective import Batch, Term, batch_terms, telescope
 from mlsbi.training.weights import LaggedWeights
@@ -136,9 +137,7 @@ def minimise(
         RuntimeError: If the loss is not finite at the start.
     """
     device = next(network.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         trainer = _Trainer(network, train, validation, objective, options, device)
         return trainer.run(tqdm(range(options.epochs), desc=label, unit="epoch", disable=not progress, leave=False))
 

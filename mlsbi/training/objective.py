@@ -99,14 +99,19 @@ def telescope(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def split_terms(
-    terms: Sequence[Term], fraction: float, generator: torch.Generator
+    terms: Sequence[Term], fraction: float, generator: torch.Generator, *, member: int = 0, members: int = 1
 ) -> tuple[list[Term], list[Term]]:
     r"""Holds out whole rows of every term, pairs kept together.
+
+    With several members the held-out rows move evenly through one permutation, so that every row is held out by about
+    as many members as any other: where pairs are few, that is cross-validation.
 
     Args:
         terms: Rows of every level.
         fraction: Share of each term's rows to hold out; at least one, and at least one stays.
-        generator: Source of the permutation.
+        generator: Source of the permutation; the same for all members.
+        member: Which member of an ensemble the split is for.
+        members: How many there are.
 
     Raises:
         ValueError: If a term has fewer than two rows.
@@ -118,7 +123,7 @@ def split_terms(
             raise ValueError(f"Expected at least 2 rows in term {level}, one to train on and one to hold out; got {n}. "
                              "Simulate more, or set validation_fraction=0 to train for a fixed number of epochs.")
         out = min(max(round(fraction * n), 1), n - 1)
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator).roll(-(member * n // members))
         held.append(term.rows(order[:out]))
         kept.append(term.rows(order[out:]))
     return kept, held
