@@ -1,0 +1,12 @@
+r"""Figures of a run: functions on arrays and records that return a matplotlib `Figure`.
+
+No function writes a file, uses pyplot or changes rcParams; `figure.savefig(path)` writes one.
+"""
+
+from mlsbi.plots.calibration import coverage, ranks
+from mlsbi.plots.planning import pilot, plan
+from mlsbi.plots.posterior import pairs
+from mlsbi.plots.simulations import coupled
+from mlsbi.plots.training import losses
+
+__all__ = ["coupled", "coverage", "losses", "pairs", "pilot", "plan", "ranks"]

@@ -1,0 +1,407 @@
+r"""Each figure draws what it claims, from any sensible input, and leaves no trace."""
+
+import io
+import subprocess
+import sys
+import warnings
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from mlsbi import plots
+from mlsbi.allocation.optimal import optimal_allocation
+from mlsbi.data import MultilevelData
+from mlsbi.plots.style import COLOURS, TRUTH
+from mlsbi.training.loop import History
+
+
+def make_data(levels, outputs=(5,), n=30, names=None):
+    generator = torch.Generator().manual_seed(levels)
+    arrays = [(torch.rand(n, 2, generator=generator), torch.randn(n, *outputs, generator=generator))]
+    for _ in range(levels - 1):
+        coarse = torch.randn(n, *outputs, generator=generator)
+        fine = coarse + 0.3 * torch.randn(n, *outputs, generator=generator)
+        arrays.append((torch.rand(n, 2, generator=generator), fine, coarse))
+    return MultilevelData.from_arrays(arrays, names)
+
+
+def make_plan(levels):
+    variances, costs = [8.0, 0.9, 0.05][:levels], [1.0, 10.0, 100.0][:levels]
+    return optimal_allocation(variances, costs, budget=20_000.0)
+
+
+def make_pilot(levels):
+    return pd.DataFrame({
+        "level": ["coarse", "medium", "fine"][:levels],
+        "cost per run": [1.0, 10.0, 100.0][:levels],
+        "cost per row": [1.0, 11.0, 110.0][:levels],
+        "variance": [8.0, 7.5, 7.4][:levels],
+        "variance of correction": [8.0, 0.9, 0.0][:levels],
+        "correlation with level below": [np.nan, 0.94, 0.99][:levels],
+        "kurtosis": [3.0, 120.0, np.nan][:levels],
+        "consistency": [np.nan, 0.4, 1.7][:levels],
+    })
+
+
+def make_history(levels, *, epochs=60, seed=0, early=1.0, weights="unit", validation=True, every=20):
+    generator = np.random.default_rng(seed)
+    records = []
+    for epoch in range(epochs):
+        record = {"loss": early * np.exp(-epoch) + 1 / (1 + epoch), "fine_0": 2.0 + generator.normal()}
+        for level in range(1, levels):
+            record[f"fine_{level}"], record[f"coarse_{level}"] = generator.normal(size=2)
+            record[f"weight_{level - 1}"] = 1.0 if weights == "unit" else 1 / (1 + epoch)
+        recorded = levels > 1 and epoch % every == 0
+        for name in ("base_norm", "correction_norm", "cosine", "projected"):
+            record[name] = float(generator.uniform()) if recorded else np.nan
+        record["validation_loss"] = record["loss"] + 0.5 if validation else np.nan
+        records.append(record)
+    return History(epochs=records, best_epoch=epochs // 2, best_loss=1.0)
+
+
+def make_draws(dim, n=400, seed=0):
+    return np.random.default_rng(seed).normal(0.5, 0.1, size=(n, dim))
+
+
+FIGURES = {
+    **{f"coupled {n}": lambda n=n: plots.coupled(make_data(n)) for n in (1, 2, 3)},
+    "coupled, one output": lambda: plots.coupled(make_data(2, (1,))),
+    "coupled, images": lambda: plots.coupled(make_data(2, (4, 4))),
+    "coupled, one pair": lambda: plots.coupled(make_data(2, n=1)),
+    **{f"plan {n}": lambda n=n: plots.plan(make_plan(n)) for n in (1, 2, 3)},
+    **{f"pilot {n}": lambda n=n: plots.pilot(make_pilot(n)) for n in (1, 2, 3)},
+    **{f"losses {n}": lambda n=n: plots.losses([make_history(n)]) for n in (1, 2, 3)},
+    "losses, ensemble": lambda: plots.losses([make_history(2, seed=i, epochs=50 + i) for i in range(3)]),
+    "losses, one epoch": lambda: plots.losses([make_history(2, epochs=1)]),
+    "coverage": lambda: plots.coverage({"a": np.linspace(0.01, 0.99, 50), "b": np.linspace(0.1, 0.5, 70)}),
+    **{f"ranks {d}": lambda d=d: plots.ranks(np.random.default_rng(0).integers(0, 101, (200, d)), 100)
+       for d in (1, 2, 5)},
+    **{f"pairs {d}": lambda d=d: plots.pairs(make_draws(d)) for d in (1, 2, 5)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_drawn_and_leaves_nothing_behind(name):
+    before = dict(mpl.rcParams)
+    figure = FIGURES[name]()
+    assert isinstance(figure, Figure)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=40)
+    assert file.getvalue().startswith(b"\x89PNG")
+    assert dict(mpl.rcParams) == before
+    assert all(text.get_fontsize() >= 9 for text in figure.findobj(mpl.text.Text) if text.get_text())
+
+
+def test_plots_need_neither_pyplot_nor_torch_and_the_package_does_not_import_matplotlib():
+    code = ("import sys, mlsbi; assert 'matplotlib' not in sys.modules; from mlsbi import plots; import numpy as np;"
+            "assert 'torch' not in sys.modules;"
+            "plots.pairs(np.random.rand(50, 2)).savefig('/dev/null', format='png');"
+            "assert 'matplotlib.pyplot' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestCoupled:
+    def test_draws_both_twins_of_each_pair(self):
+        data = make_data(2, names=["cheap", "dear"])
+        figure = plots.coupled(data, n=3)
+        assert len(figure.axes) == 3 + 1
+        for row, axes in enumerate(figure.axes[:3]):
+            twins = {line.get_label(): line.get_ydata() for line in axes.lines}
+            np.testing.assert_array_equal(twins["dear"], data.levels[1].fine[row])
+            np.testing.assert_array_equal(twins["cheap"], data.levels[1].coarse[row])
+
+    def test_correlation_is_numpys(self):
+        data = make_data(3)
+        [line] = [line for line in plots.coupled(data).axes[-1].lines if line.get_label() == "correlation"]
+        top = data.levels[-1]
+        expected = [np.corrcoef(top.fine[:, k], top.coarse[:, k])[0, 1] for k in range(5)]
+        np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-12)
+
+    def test_constant_output_is_left_out_and_counted(self):
+        theta, x = torch.rand(9, 1), torch.randn(9, 3)
+        x[:, 1] = 2.0
+        axes = plots.coupled(MultilevelData.from_arrays([(theta, x), (theta, x * 2, x)])).axes[-1]
+        [line] = [line for line in axes.lines if line.get_label() == "correlation"]
+        np.testing.assert_array_equal(line.get_xdata(), [1, 3])
+        assert any("1 constant" in text.get_text() for text in axes.texts)
+
+    def test_single_level_shows_its_own_samples_only(self):
+        data = make_data(1)
+        figure = plots.coupled(data)
+        assert len(figure.axes) == 4
+        assert all(len(axes.lines) == 1 for axes in figure.axes)
+
+    @pytest.mark.parametrize(("axis", "scale"), [([1, 2, 3, 4, 5], "linear"), ([0.1, 1, 2, 5, 9], "log"),
+                                                 ([-1, 0, 1, 50, 99], "linear")])
+    def test_axis_is_logarithmic_over_a_positive_decade(self, axis, scale):
+        axes = plots.coupled(make_data(2), axis=axis, x_label="time (s)").axes
+        assert axes[0].get_xscale() == axes[-1].get_xscale() == scale
+        assert axes[-1].get_xlabel() == "time (s)"
+        np.testing.assert_array_equal(axes[0].lines[0].get_xdata(), axis)
+
+    def test_flattened_outputs_say_so(self):
+        figure = plots.coupled(make_data(2, (4, 3)))
+        assert len(figure.axes[0].lines[0].get_ydata()) == 12
+        assert "4 x 3 flattened" in figure.axes[-1].get_xlabel()
+
+    def test_titles_name_the_parameters(self):
+        data = make_data(2)
+        title = plots.coupled(data, names=["alpha", "beta"]).axes[0].get_title(loc="left")
+        assert title.startswith(f"alpha {float(data.levels[1].theta[0, 0]):.2g}, beta ")
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"axis of shape \(5,\)"):
+            plots.coupled(make_data(2), axis=[1, 2])
+        with pytest.raises(ValueError, match="2 names, one per parameter"):
+            plots.coupled(make_data(2), names=["a"])
+        with pytest.raises(ValueError, match="n >= 1"):
+            plots.coupled(make_data(2), n=0)
+
+
+class TestPlanning:
+    @pytest.mark.parametrize("form", [lambda plan: plan, lambda plan: plan.to_dict()])
+    def test_plan_shows_rows_and_shares(self, form):
+        plan = make_plan(3)
+        rows, cost, variance = plots.plan(form(plan)).axes
+        assert [text.get_text() for text in rows.texts] == [f"{n:,}" for n in plan.n]
+        assert rows.get_xscale() == "log"
+        ends = [bar.get_x() + bar.get_width() for bar in rows.patches]
+        np.testing.assert_allclose(ends, plan.n)
+        np.testing.assert_allclose([bar.get_width() for bar in cost.patches], np.divide(plan.level_costs, plan.cost))
+        np.testing.assert_allclose([bar.get_width() for bar in variance.patches], plan.shares)
+
+    def test_existing_rows_and_pilot_cost_are_told(self):
+        record = {**make_plan(2).to_dict(), "names": ["cheap", "dear"], "rows": [0, 64], "overhead": 5000.0}
+        record["cost"] += record["overhead"]
+        figure = plots.plan(record)
+        assert figure.axes[0].texts[1].get_text().endswith("(64 exist)")
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cheap", "dear"]
+        assert "20%" in figure.get_supxlabel()
+
+    def test_pilot_shows_the_table(self):
+        frame = make_pilot(2)
+        variance, cost, correlation = plots.pilot(frame).axes
+        ends = sorted(bar.get_x() + bar.get_width() for bar in variance.patches)
+        np.testing.assert_allclose(ends, [0.9, 7.5, 8.0, 8.0])
+        np.testing.assert_allclose([bar.get_x() + bar.get_width() for bar in cost.patches], [1, 10])
+        [bar] = correlation.patches  # level 0 has no level below
+        assert (bar.get_width(), bar.get_y() + bar.get_height() / 2) == (0.94, 1.0)
+
+    def test_pilot_takes_a_report(self):
+        class Report:
+            cost_unit = "seconds"
+
+            def to_frame(self):
+                return make_pilot(2)
+
+        assert plots.pilot(Report()).axes[1].get_xlabel() == "seconds (log scale)"
+
+    def test_pilot_takes_a_table_read_from_json(self):
+        frame = make_pilot(2).astype(object)
+        frame.loc[0, "correlation with level below"], frame.loc[0, "consistency"] = None, "nan"
+        assert len(plots.pilot(frame).axes[2].patches) == 1
+
+    def test_pilot_names_what_to_worry_about(self):
+        assert "kurtosis 120" in plots.pilot(make_pilot(3)).get_supxlabel()
+        assert "consistency 1.70" in plots.pilot(make_pilot(3)).get_supxlabel()
+        assert "consistency" not in plots.pilot(make_pilot(2)).get_supxlabel()
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="shares missing"):
+            plots.plan({key: value for key, value in make_plan(2).to_dict().items() if key != "shares"})
+        with pytest.raises(ValueError, match=r"\['kurtosis'\] missing"):
+            plots.pilot(make_pilot(2).drop(columns="kurtosis"))
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+class TestLosses:
+    def test_one_level_has_one_panel(self):
+        assert len(plots.losses([make_history(1)]).axes) == 1
+
+    def test_one_level_of_a_named_stack(self):
+        assert len(plots.losses([make_history(1)], ["cheap", "dear"]).axes) == 1
+
+    def test_weights_are_shown_when_they_change(self):
+        assert len(plots.losses([make_history(2)]).axes) == 4
+        figure = plots.losses([make_history(2, weights="estimated")])
+        assert len(figure.axes) == 5
+        assert sum("Weight of" in title for title in titles(figure)) == 1
+
+    def test_kept_epoch_is_marked_for_every_member(self):
+        histories = [make_history(2, seed=i, epochs=40 + 10 * i) for i in range(3)]
+        axes = plots.losses(histories).axes[0]
+        marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+        expected = [(h.best_epoch, h.epochs[h.best_epoch]["validation_loss"]) for h in histories]
+        np.testing.assert_allclose(marks, expected)
+        assert len(axes.lines) == 3 * 3
+
+    def test_frames_do_as_well_as_histories(self):
+        history = make_history(2)
+        frame = history.to_frame().assign(best_epoch=history.best_epoch)
+        for one, other in zip(plots.losses([history]).axes, plots.losses([frame]).axes, strict=True):
+            for a, b in zip(one.lines, other.lines, strict=True):
+                np.testing.assert_array_equal(a.get_xydata(), b.get_xydata())
+
+    def test_huge_early_losses_do_not_set_the_axis(self):
+        tame, wild = (plots.losses([make_history(1, early=early)]).axes[0] for early in (1.0, 1e6))
+        assert wild.get_ylim()[1] < 10
+        assert "not shown" in wild.get_xlabel()
+        assert "not shown" not in tame.get_xlabel()
+
+    def test_unrecorded_epochs_are_skipped(self):
+        [norms] = [axes for axes in plots.losses([make_history(2, epochs=61)]).axes
+                   if "gradients" in axes.get_title(loc="left")]
+        assert [list(line.get_xdata()) for line in norms.lines] == [[0, 20, 40, 60]] * 2
+
+    def test_many_records_are_smoothed(self):
+        figure = plots.losses([make_history(2, epochs=200, every=1)])
+        labels = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+        assert labels == ["cosine, running mean", "share of steps projected, running mean"]
+
+    def test_without_held_out_rows_the_title_says_so(self):
+        assert "no rows were held out" in titles(plots.losses([make_history(2, validation=False)]))[0]
+
+    def test_names_reach_the_legend(self):
+        axes = plots.losses([make_history(2)], ["cheap", "dear"]).axes[1]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "dear, fine half", "cheap, coarse half", "cheap, own rows"
+        ]  # fmt: skip
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="at least one history"):
+            plots.losses([])
+        with pytest.raises(ValueError, match="at least one epoch"):
+            plots.losses([History()])
+        with pytest.raises(ValueError, match="2 names, one per level"):
+            plots.losses([make_history(2)], ["a"])
+
+
+class TestCalibration:
+    def test_coverage_curve_is_the_share_found(self):
+        levels = np.array([0.1, 0.4, 0.4, 0.95])
+        axes = plots.coverage({"mine": levels}).axes[0]
+        [line] = [line for line in axes.lines if line.get_label() == "mine"]
+        stated, found = line.get_data()
+        np.testing.assert_array_equal(found, [(levels <= at).mean() for at in stated])
+        assert "n = 4 test" in axes.get_title(loc="left")
+
+    @pytest.mark.parametrize(("power", "inside"), [(1.0, 0.9), (3.0, 0.2)])
+    def test_band_tells_calibrated_from_over_confident(self, power, inside):
+        u = (np.arange(500) + 0.5) / 500
+        axes = plots.coverage({"mine": u ** (1 / power)}).axes[0]  # levels near 1 when the posterior is too narrow
+        vertices = axes.collections[0].get_paths()[0].vertices
+        [line] = [line for line in axes.lines if line.get_label() == "mine"]
+        within = []
+        for stated, found in line.get_xydata():
+            band = vertices[np.isclose(vertices[:, 0], stated), 1]
+            within.append(band.min() <= found <= band.max())
+        assert np.mean(within) >= inside if power == 1 else np.mean(within) <= inside
+
+    def test_ranks_are_counted(self):
+        ranks = np.array([[0, 10]] * 40 + [[10, 10]] * 40)
+        left, right = plots.ranks(ranks, 10, ["a", "b"]).axes[:2]
+        heights = [axes.patches[0].get_data().values for axes in (left, right)]
+        assert heights[0][0] == heights[0][-1] > 0
+        assert heights[0][1:-1].sum() == heights[1][:-1].sum() == 0
+        assert titles(left.figure)[:2] == ["a", "b"]
+
+    def test_bins_hold_equally_many_ranks_where_they_can(self):
+        axes = plots.ranks(np.random.default_rng(0).integers(0, 1001, (400, 1)), 1000).axes[0]
+        assert len(axes.patches[0].get_data().values) == 13  # 1001 = 7 * 11 * 13
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="at least one posterior"):
+            plots.coverage({})
+        with pytest.raises(ValueError, match=r"within \[0, 1\]"):
+            plots.coverage({"a": [0.2, 1.5]})
+        with pytest.raises(ValueError, match=r"shape \(B,\)"):
+            plots.coverage({"a": [[0.2]]})
+        with pytest.raises(ValueError, match=r"ranks of shape \(B, D\)"):
+            plots.ranks([1, 2, 3], 10)
+        with pytest.raises(ValueError, match=r"within 0 \.\. 10; got 1 \.\. 11"):
+            plots.ranks([[1], [11]], 10)
+        with pytest.raises(ValueError, match="1 names, one per parameter"):
+            plots.ranks([[1], [3]], 10, ["a", "b"])
+
+
+class TestPairs:
+    @pytest.mark.parametrize("dim", [1, 2, 5])
+    def test_one_panel_a_parameter_and_a_pair(self, dim):
+        figure = plots.pairs(make_draws(dim))
+        assert sum(axes.get_visible() for axes in figure.axes) == dim * (dim + 1) // 2
+
+    def test_truth_is_at_its_place(self):
+        truth = [0.3, 0.6, 0.9]
+        grid = np.reshape(plots.pairs(make_draws(3), truth=truth).axes, (3, 3))
+        for k in range(3):
+            [line] = [line for line in grid[k, k].lines if line.get_color() == TRUTH]
+            np.testing.assert_array_equal(line.get_xdata(), [truth[k]] * 2)
+            assert grid[k, k].get_xlim()[0] < truth[k] < grid[k, k].get_xlim()[1]
+        [mark] = [line for line in grid[2, 0].lines if line.get_marker() == "s"]
+        np.testing.assert_array_equal(mark.get_xydata(), [[0.3, 0.9]])
+
+    def test_axes_show_the_box(self):
+        grid = np.reshape(plots.pairs(make_draws(2), low=[0, -1], high=[2, 3]).axes, (2, 2))
+        assert grid[1, 0].get_xlim() == (0, 2)
+        assert grid[1, 0].get_ylim() == (-1, 3)
+
+    @pytest.mark.parametrize("box", [{}, {"low": [0.0], "high": [1.0]}])
+    def test_density_integrates_to_one(self, box):
+        draws = np.random.default_rng(0).beta(1, 3, size=(4000, 1))  # much of it at the edge of the box
+        axes = plots.pairs(draws, **box).axes[0]
+        [curve] = [line for line in axes.lines if to_hex(line.get_color()) == COLOURS[0].lower()]
+        x, y = curve.get_data()
+        assert np.sum((y[1:] + y[:-1]) / 2 * np.diff(x)) == pytest.approx(1, abs=0.01)  # one cell in 160, at each end
+        if box:
+            assert y[0] == pytest.approx(3, rel=0.1)  # reflected, not smoothed over the edge
+
+    def test_contours_hold_half_and_nine_tenths(self):
+        draws = np.random.default_rng(0).normal(size=(20_000, 2))
+        axes = np.reshape(plots.pairs(draws).axes, (2, 2))[1, 0]
+        contours = axes.collections[-1]
+        outer, inner = contours.get_paths()
+        held = [path.contains_points(draws).mean() for path in (outer, inner)]
+        assert held == pytest.approx([0.9, 0.5], abs=0.02)  # smoothing widens by 1%
+
+    def test_one_parameter_is_drawn_with_its_prior(self):
+        axes = plots.pairs(make_draws(1), names=["mu"], low=[0.0], high=[4.0]).axes[0]
+        assert any(set(line.get_ydata()) == {0.25} for line in axes.lines)
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["posterior", "prior"]
+        assert axes.get_title(loc="left").startswith("Posterior of mu: 0.49")
+
+    def test_legend_names_every_set(self):
+        def legend(figure):
+            return [text.get_text().replace(" (50% and 90%)", "") for text in figure.legends[0].get_texts()]
+
+        sets = {"one": make_draws(2), "two": make_draws(2, seed=1)}
+        assert legend(plots.pairs(sets, reference=make_draws(2))) == ["one", "two", "reference posterior"]
+        assert legend(plots.pairs(sets, reference=make_draws(2), labels=["a", "b", "c"])) == ["a", "b", "c"]
+
+    def test_constant_draws_are_drawn(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plots.pairs(np.full((50, 2), 0.3)).savefig(io.BytesIO(), dpi=40)
+
+    @pytest.mark.parametrize(("options", "match"), [
+        ({"samples": np.zeros(20)}, r"shape \(n, D\); got \(20,\)"),
+        ({"samples": np.zeros((3, 2))}, "at least 10 finite draws"),
+        ({"samples": np.full((20, 2), np.nan)}, "20 of them not finite"),
+        ({"samples": {}}, "at least one set"),
+        ({"samples": {"a": make_draws(2), "b": make_draws(3)}}, "same number of parameters"),
+        ({"samples": make_draws(2), "names": ["a"]}, "2 names, one per parameter"),
+        ({"samples": make_draws(2), "truth": [1.0]}, r"truth of shape \(2,\)"),
+        ({"samples": make_draws(2), "low": [0.0, 0.0]}, "low and high together"),
+        ({"samples": make_draws(2), "low": [0.0, 1.0], "high": [1.0, 1.0]}, "low < high"),
+        ({"samples": make_draws(2), "labels": ["a", "b"]}, "1 labels"),
+    ])  # fmt: skip
+    def test_bad_input(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            plots.pairs(**options)
