@@ -1,0 +1,171 @@
+r"""`mlsbi tasks | plan | run | report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlsbi import __version__
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    try:
+        options.function(options, given)
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        print(f"mlsbi: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlsbi: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlsbi", description="Bayesian inference for expensive simulators.")
+    parser.add_argument("--version", action="version", version=f"mlsbi {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    tasks = commands.add_parser("tasks", help="list the benchmark tasks")
+    tasks.set_defaults(function=_tasks)
+
+    plan = commands.add_parser("plan", help="say how many runs of each level to buy, before spending a budget")
+    _add_target(plan)
+    goal = plan.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--budget", type=float, help="total cost, pilot included")
+    goal.add_argument("--target-variance", type=float, help="variance of the loss estimate to reach")
+    plan.add_argument("--out", type=Path, help="folder for figures of the pilot and the plan")
+    plan.set_defaults(function=_plan)
+
+    run = commands.add_parser("run", help="plan, simulate, train, infer, check and report")
+    _add_target(run)
+    amount = run.add_mutually_exclusive_group()
+    amount.add_argument("--budget", type=float, help="total cost; a pilot decides how to split it")
+    amount.add_argument("--n", type=_numbers, help="rows per level, cheapest first: 1000,100")
+    run.add_argument("--strategy", default="multilevel", help="multilevel (default), high or low")
+    run.add_argument("--ensemble", type=int, default=5, help="networks whose mixture is the posterior (default 5)")
+    run.add_argument("--x-o", type=Path, help="observation, .npy, .csv or text; default: the first test simulation")
+    run.add_argument("--tests", type=int, help="test simulations of the highest level (tasks: up to 400; own stack: 0)")
+    run.add_argument("--draws", type=int, default=2000, help="posterior draws to write (default 2000)")
+    run.add_argument("--out", type=Path, help="folder for everything (default runs/TASK-STRATEGY-SEED)")
+    run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
+    run.set_defaults(function=_run)
+
+    report = commands.add_parser("report", help="draw the figures and report.html of a finished run again")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(function=_report)
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TASK", help="a task, or path/to/file.py:stack")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", type=_key_value,
+                        help="option of the task, such as parameters=4; may be repeated")
+    parser.add_argument("--data", type=Path, help="folder of the data, for tasks that read some")
+    parser.add_argument("--pilot", type=int, default=64, metavar="ROWS", help="pilot rows (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, tuple(value.split(",")) if "," in value else value
+
+
+def _target(options: argparse.Namespace) -> Any:
+    from mlsbi.cli.targets import find_target
+
+    chosen = dict(options.option)
+    if options.data is not None:
+        chosen["data"] = options.data
+    return find_target(options.target, chosen)
+
+
+def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi import tasks
+
+    for name in tasks.names():
+        try:
+            task = tasks.get(name)
+        except FileNotFoundError as error:
+            print(f"{name:10s} (its data is not here: see `mlsbi run {name}`)  {str(error).splitlines()[0]}")
+            continue
+        levels = ", ".join(f"{level} (cost {cost:g})" for level, cost in task.levels)
+        budgets = " ".join(",".join(map(str, n)) for n in task.budgets)
+        print(f"{name:10s} {task.title}\n{'':10s} levels: {levels}; budgets: {budgets}")
+
+
+def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi.allocation.optimal import optimal_allocation
+    from mlsbi.allocation.piloting import pilot
+
+    target = _target(options)
+    if target.stack is None:
+        raise ValueError(f"'{target.name}' is a fixed data set: there is nothing to plan.")
+    report = pilot(target.stack, options.pilot, seed=options.seed, device=options.device, progress=not options.quiet)
+    plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance)
+    print(f"{report}\n\n{plan}")
+    if options.out is not None:
+        from mlsbi import plots
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.data.save(options.out / "pilot.npz")
+        for name, figure in (("pilot", plots.pilot(report)), ("plan", plots.plan(plan))):
+            figure.savefig(options.out / f"{name}.png", dpi=110)
+        print(f"\npilot rows and figures: {options.out}")
+
+
+def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi.cli.running import RunRequest, run
+
+    target = _target(options)
+    label = Path(target.name.partition(":")[0]).stem
+    out = options.out or Path("runs") / f"{label}-{options.strategy}-{options.seed}"
+    if (out / "results.json").exists() and not options.overwrite:
+        raise ValueError(f"{out} holds the results of an earlier run. Give another --out, or --overwrite.")
+    for name, least in (("ensemble", 1), ("draws", 2), ("pilot", 8)):
+        if getattr(options, name) < least:
+            raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
+    if options.tests is not None and options.tests < 0:
+        raise ValueError(f"Expected --tests of at least 0; got {options.tests}.")
+    results = run(target, RunRequest(
+        strategy=options.strategy, seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
+        command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
+        tests=options.tests, draws=options.draws, x_o=options.x_o, progress=not options.quiet,
+        say=lambda text: print(text, flush=True),
+    ))
+    print()
+    for sentence in results["verdict"]:
+        print(f"- {sentence}")
+    print(f"\nReport: {out / 'report.html'}\nData, model, figures and results.json: {out}")
+
+
+def _report(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi.report.figures import draw_figures
+    from mlsbi.report.html import write_report
+
+    draw_figures(options.folder)
+    print(f"Report: {write_report(options.folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+r"""`mlsbi run`: from a target to a checked posterior in a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mlsbi
+from mlsbi.allocation.optimal import Allocation, optimal_allocation
+from mlsbi.allocation.piloting import PilotReport, pilot
+from mlsbi.cli.targets import Target
+from mlsbi.data import MultilevelData, spread
+from mlsbi.density.flows import builder_to_config
+from mlsbi.inference.npe import NPE
+from mlsbi.inference.posteriors import DirectPosterior
+from mlsbi.priors import parameter_names, sample_prior
+from mlsbi.randomness import child_seed
+from mlsbi.report.checking import check_posterior, verdict
+from mlsbi.report.figures import draw_figures
+from mlsbi.report.html import write_report
+from mlsbi.simulation.campaign import simulate, simulate_level
+from mlsbi.strategies.registry import strategy_to_config
+from mlsbi.training.loop import TrainingOptions
+
+__all__ = ["RunRequest", "run"]
+
+_CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asked for; the fields are the options of `mlsbi run`."""
+
+    strategy: str
+    seed: int
+    device: str
+    ensemble: int
+    out: Path
+    command: str
+    budget: float | None = None
+    n: tuple[int, ...] | None = None
+    pilot_rows: int = 64
+    tests: int | None = None
+    draws: int = 2000
+    x_o: Path | None = None
+    training: TrainingOptions = TrainingOptions()
+    progress: bool = True
+    say: Any = None
+
+
+def run(target: Target, request: RunRequest) -> dict[str, Any]:
+    r"""Plans, simulates, trains, infers and checks; writes everything to `request.out`.
+
+    Data, model and results are saved as soon as they exist.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: If the request does not fit the target, before anything is spent.
+    """
+    say = request.say or (lambda text: None)
+    npe = NPE(target.prior, strategy=request.strategy, density=target.density, training=request.training,
+              device=request.device, seed=child_seed(request.seed, 1))
+    n_asked = _check_request(target, request)
+    tests = target.default_tests if request.tests is None else request.tests
+    observed = _read_observation(target, request)
+    out = request.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    report, plan, data = _simulate(target, request, n_asked, say)
+    data.save(out / "data.npz")
+    say(f"simulated {data}")
+
+    npe.fit(data, ensemble=request.ensemble, progress=request.progress)
+    npe.save(out / "model")
+    say(f"trained {len(npe.networks)} networks in {sum(h.seconds for h in npe.histories):.0f} s")
+
+    theta_test, x_test = target.test(max(tests, 1), request.seed) if tests or observed is None else (None, None)
+    truth = None
+    if observed is None:
+        assert theta_test is not None  # noqa: S101
+        assert x_test is not None  # noqa: S101
+        observed, truth = x_test[0], theta_test[0]
+    posterior = npe.posterior(observed)
+    samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
+    samples.to_csv(out / "posterior_samples.csv", index=False)
+    if target.reference is not None:
+        exact = target.reference.sample(request.draws, observed, child_seed(request.seed, 6))
+        type(samples)(exact.numpy(), columns=samples.columns).to_csv(out / "reference_samples.csv", index=False)
+
+    checks = None
+    if tests and theta_test is not None and x_test is not None:
+        say(f"checking on {len(theta_test)} test simulations")
+        checks, arrays = check_posterior(posterior, theta_test, x_test, draws=_CHECK_DRAWS,
+                                         seed=child_seed(request.seed, 3), reference=target.reference)
+        np.savez(out / "checks.npz", allow_pickle=False, **arrays)
+    results = {
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"mlsbi": mlsbi.__version__, "python": platform.python_version(),
+                     **{name: version(name) for name in ("torch", "nflows", "numpy")}},
+        "command": request.command,
+        "asked": {
+            "task": target.name, "title": target.title, "citation": target.citation, "strategy": request.strategy,
+            "strategy_options": strategy_to_config(npe.strategy)["options"] if npe.strategy else {},
+            "density": builder_to_config(npe.builder), "training": asdict(request.training),
+            "budget": request.budget, "n": n_asked, "seed": request.seed, "device": request.device,
+            "ensemble": request.ensemble, "parameters": list(parameter_names(target.prior)),
+        },
+        "observable": {"axis": target.x_axis, "label": target.x_label},
+        **_planned(report, plan, n_asked, target),
+        "levels": _levels(target, report, data),
+        "cost_unit": "as declared" if target.level_costs else "seconds",
+        "spent": _spent(target, report, data),
+        "training": [_trained(history) for history in npe.histories],
+        "posterior": _summary(posterior, samples.to_numpy(), truth, request),
+        "checks": checks,
+        "files": {"data": "data.npz", "model": "model", "samples": "posterior_samples.csv"},
+    }
+    results["verdict"] = verdict(results)
+    (out / "results.json").write_text(json.dumps(_plain(results), indent=1))
+    draw_figures(out)
+    write_report(out)
+    return results
+
+
+def _check_request(target: Target, request: RunRequest) -> tuple[int, ...] | None:
+    if request.budget is not None and request.n is not None:
+        raise ValueError("Expected --budget or --n, not both.")
+    if request.budget is not None and target.stack is None:
+        raise ValueError(f"'{target.name}' is a fixed data set: nothing can be simulated for a budget. Give --n, at "
+                         f"most what it holds; its usual split is --n {','.join(map(str, target.default_n or ()))}.")
+    n = request.n if request.n is not None else (target.default_n if request.budget is None else None)
+    if n is None and request.budget is None:
+        raise ValueError(f"Expected --budget B or --n with {len(target.level_names)} numbers for your own stack.")
+    if n is not None:
+        if min(spread(n, len(target.level_names), what="--n")) < 1:
+            raise ValueError(f"Expected at least one row per level; got --n {','.join(map(str, n))}.")
+        return tuple(n)
+    assert request.budget is not None  # noqa: S101
+    if target.level_costs is not None:
+        floor = request.pilot_rows * (2 * sum(target.level_costs[:-1]) + target.level_costs[-1])
+        if request.budget <= floor:
+            raise ValueError(f"The budget of {request.budget:g} does not reach beyond a pilot of {request.pilot_rows} "
+                             f"rows, which costs {floor:g}. Give a larger --budget, or fewer --pilot rows (>= 8).")
+    return None
+
+
+def _read_observation(target: Target, request: RunRequest) -> Tensor | None:
+    """The observation in a file, checked against the shape of a simulation before anything is spent."""
+    if request.x_o is None:
+        return None
+    path = request.x_o
+    if not path.is_file():
+        raise ValueError(f"There is no observation file {path}.")
+    try:
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=_comma(path))
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be a .npy array or a text file of numbers: {error}") from error
+    x = torch.as_tensor(np.asarray(array, dtype=np.float32))
+    if target.stack is not None:
+        shape = simulate_level(target.stack, 0, 1, seed=0, stream=0)[1].shape[1:]
+    else:
+        shape = target.test(1, request.seed)[1].shape[1:]
+    if tuple(x.shape) not in (tuple(shape), (1, *shape)) or not bool(torch.isfinite(x).all()):
+        raise ValueError(f"Expected a finite observation of shape {tuple(shape)} in {path}; got {tuple(x.shape)}.")
+    return x.reshape(shape)
+
+
+def _comma(path: Path) -> str | None:
+    return "," if path.suffix == ".csv" else None
+
+
+def _simulate(
+    target: Target, request: RunRequest, n: tuple[int, ...] | None, say: Any
+) -> tuple[PilotReport | None, Allocation | None, MultilevelData]:
+    if target.stack is None:
+        assert target.simulate_data is not None  # noqa: S101
+        assert n is not None  # noqa: S101
+        return None, None, target.simulate_data(n, request.seed)
+    if n is not None:
+        return None, None, simulate(target.stack, n, seed=request.seed, progress=request.progress)
+    report = pilot(target.stack, request.pilot_rows, seed=request.seed, device=request.device,
+                   progress=request.progress)
+    report.data.save(request.out / "pilot.npz")  # paid for: kept whatever happens next
+    plan = optimal_allocation(report, budget=request.budget)
+    say(f"{report}\n\n{plan}\n")
+    data = simulate(target.stack, plan, seed=request.seed, reuse=report.data, progress=request.progress)
+    return report, plan, data
+
+
+def _planned(
+    report: PilotReport | None, plan: Allocation | None, n: tuple[int, ...] | None, target: Target
+) -> dict[str, Any]:
+    note = None
+    if plan is None:
+        source = "a fixed data set" if target.stack is None else "your choice or the task's published budget"
+        note = f"The rows per level, {n}, were given ({source}), not planned: no pilot was run."
+    table = None
+    if report is not None:
+        frame = report.to_frame()
+        table = {"n": len(report.losses), "spent": report.spent, "warnings": list(report.warnings),
+                 "table": {"columns": list(frame.columns), "rows": frame.to_numpy(dtype=object).tolist()}}
+    return {"pilot": table, "plan": plan.to_dict() if plan is not None else None, "plan_note": note}
+
+
+def _levels(target: Target, report: PilotReport | None, data: MultilevelData) -> list[dict[str, Any]]:
+    costs = _costs(target, report, data)
+    return [{"name": name, "cost": cost} for name, cost in zip(target.level_names, costs, strict=True)]
+
+
+def _costs(target: Target, report: PilotReport | None, data: MultilevelData) -> tuple[float, ...]:
+    if target.level_costs is not None:
+        return target.level_costs
+    if report is not None:
+        return report.costs
+    assert data.seconds is not None  # noqa: S101
+    return tuple(s / max(r, 1) for s, r in zip(data.seconds, data.runs, strict=True))
+
+
+def _spent(target: Target, report: PilotReport | None, data: MultilevelData) -> dict[str, Any]:
+    costs = _costs(target, report, data)
+    cost = sum(r * c for r, c in zip(data.runs, costs, strict=True))
+    return {"n": data.n, "runs": data.runs, "failures": data.failures, "seconds": data.seconds, "cost": cost,
+            "high_only_n": math.floor(cost / costs[-1])}
+
+
+def _trained(history: Any) -> dict[str, Any]:
+    frame = history.to_frame()
+    return {
+        "best_epoch": history.best_epoch, "epochs": len(frame), "best_loss": history.best_loss,
+        "stopped": history.stopped, "seconds": history.seconds, "n_train": history.n_train,
+        "n_validation": history.n_validation,
+        "projected": float(frame["projected"].mean()), "cosine": float(frame["cosine"].mean()),
+    }
+
+
+def _summary(
+    posterior: DirectPosterior, samples: np.ndarray[Any, Any], truth: Tensor | None, request: RunRequest
+) -> dict[str, Any]:
+    prior = posterior.prior
+    prior_sd = sample_prior(prior, 4000, seed=child_seed(request.seed, 4)).std(0)
+    sd = samples.std(axis=0, ddof=1)
+    quantiles = np.quantile(samples, [0.05, 0.5, 0.95], axis=0)
+    return {
+        "names": parameter_names(prior),
+        "observation": f"file {request.x_o.name}" if request.x_o else "row 0 of the test set",
+        "truth": None if truth is None else truth.tolist(),
+        "mean": samples.mean(axis=0), "sd": sd,
+        "quantiles": dict(zip(("0.05", "0.5", "0.95"), quantiles, strict=True)),
+        "map": posterior.map(seed=child_seed(request.seed, 5)).tolist(),
+        "shrinkage": sd / prior_sd.numpy(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready content; numbers that JSON lacks become words."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, np.integer):
+        return int(value)
+    return value

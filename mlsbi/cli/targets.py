@@ -1,0 +1,71 @@
+r"""What the command line works on: a benchmark task or a user's own stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from mlsbi import tasks
+from mlsbi.data import MultilevelData
+from mlsbi.levels import LevelStack
+from mlsbi.loading import load_stack
+from mlsbi.simulation.campaign import simulate_level
+from mlsbi.simulation.seeding import TEST_STREAM
+from mlsbi.tasks.task import Reference
+
+__all__ = ["Target", "find_target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A task, or a stack seen as one."""
+
+    name: str
+    title: str
+    citation: str
+    prior: Distribution
+    level_names: tuple[str, ...]
+    level_costs: tuple[float, ...] | None
+    stack: LevelStack | None
+    default_n: tuple[int, ...] | None
+    default_tests: int
+    density: Any
+    reference: Reference | None
+    x_axis: Sequence[float] | None
+    x_label: str
+    simulate_data: Callable[[Sequence[int], int], MultilevelData] | None
+    test: Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def find_target(name: str, options: dict[str, Any]) -> Target:
+    r"""A task by name, or a stack by `path/to/file.py:stack`.
+
+    Args:
+        name: What the user typed.
+        options: Options of the task.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if ":" in name or name.endswith(".py"):
+        if options:
+            raise ValueError(f"A stack of your own takes no task options; got {sorted(options)}.")
+        stack = load_stack(name)
+        return Target(
+            name=name, title="Own stack.", citation="", prior=stack.prior, level_names=stack.names,
+            level_costs=stack.costs, stack=stack, default_n=None, default_tests=0, density="nsf", reference=None,
+            x_axis=None, x_label="output", simulate_data=None,
+            test=lambda n, seed: simulate_level(stack, -1, n, seed=seed, stream=TEST_STREAM),
+        )
+    task = tasks.get(name, **options)
+    return Target(
+        name=name, title=task.title, citation=task.citation, prior=task.prior, level_names=task.level_names,
+        level_costs=task.level_costs, stack=task.stack, default_n=task.budgets[-1],
+        default_tests=min(task.test_rows, 400), density=task.density, reference=task.reference, x_axis=task.x_axis,
+        x_label=task.x_names[0] if task.x_names else "output",
+        simulate_data=task.simulate if task.stack is None else None, test=task.test,
+    )

@@ -1,0 +1,44 @@
+r"""A user's own stack from `path/to/file.py:stack`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from mlsbi.levels import LevelStack
+
+__all__ = ["load_stack"]
+
+
+def load_stack(spec: str) -> LevelStack:
+    r"""Runs a Python file and takes a `LevelStack` from it.
+
+    Args:
+        spec: `path/to/file.py:name`.
+
+    Raises:
+        ValueError: If the text has no name after the path, or the file has no stack of that name.
+        FileNotFoundError: If there is no such file.
+    """
+    path_text, _, name = spec.rpartition(":")
+    path = Path(path_text)
+    if not path_text or not name.isidentifier():
+        raise ValueError(f"Expected path/to/file.py:name; got {spec!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; expected one that defines {name} = LevelStack(...).")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"Expected a Python file ending in .py; got {path}.")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module  # lets worker processes find the simulators
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    stack = getattr(module, name, None)
+    if not isinstance(stack, LevelStack):
+        found = [key for key, value in vars(module).items() if isinstance(value, LevelStack)]
+        raise ValueError(f"Expected {path} to define a LevelStack called {name}; it defines {found or 'none'}.")
+    return stack

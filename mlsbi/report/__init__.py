@@ -1,0 +1,1 @@
+r"""The HTML report of a run."""

@@ -1,0 +1,191 @@
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mlsbi
+from mlsbi.cli.main import main
+
+QUICK = ["--quiet", "--ensemble", "1", "--seed", "1"]
+
+STACK = """
+import torch
+from mlsbi import BoxPrior, Level, LevelStack
+
+def low(theta, noise):
+    return theta + noise + 0.1
+
+def high(theta, noise):
+    return theta + noise
+
+stack = LevelStack(
+    prior=BoxPrior([0.0, 0.0], [1.0, 2.0], names=["rate", "shift"]),
+    noise=lambda n, generator: 0.2 * torch.randn(n, 2, generator=generator),
+    levels=[Level("low", low, cost=1), Level("high", high, cost=10)],
+)
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A whole run of ou, small."""
+    out = tmp_path_factory.mktemp("run") / "ou"
+    assert main(["run", "ou", "--n", "200,20", "--tests", "30", "--draws", "200", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_run_leaves_everything(run_folder):
+    results = json.loads((run_folder / "results.json").read_text())
+    assert results["spent"]["n"] == [200, 20]
+    assert results["spent"]["runs"] == [222, 20]
+    assert results["spent"]["cost"] == 222 + 20 * 100
+    assert results["checks"]["n_test"] == 30
+    assert results["checks"]["reference_nlpd"] < results["checks"]["nlpd"]["mean"]
+    assert len(results["verdict"]) >= 2
+    assert results["command"].startswith("mlsbi run ou --n 200,20")
+    assert mlsbi.MultilevelData.load(run_folder / "data.npz").n == (200, 20)
+    assert mlsbi.load(run_folder / "model").posterior(torch.zeros(5)).sample((3,), seed=0).shape == (3, 3)
+    samples = pd.read_csv(run_folder / "posterior_samples.csv")
+    assert list(samples) == ["gamma", "mu", "sigma"]
+    assert len(samples) == 200
+    names = {path.stem for path in (run_folder / "figures").glob("*.png")}
+    assert names == {"coupled", "losses", "posterior", "coverage", "ranks"}
+    page = (run_folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") == len(names)
+    assert results["verdict"][0].split("(")[0] in page
+
+
+def test_report_draws_again(run_folder, capsys):
+    for path in (*(run_folder / "figures").glob("*.png"), run_folder / "report.html"):
+        path.unlink()
+    assert main(["report", str(run_folder)]) == 0
+    assert (run_folder / "report.html").is_file()
+    assert len(list((run_folder / "figures").glob("*.png"))) == 5
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_results(run_folder, tmp_path):
+    out = tmp_path / "again"
+    main(["run", "ou", "--n", "200,20", "--tests", "30", "--draws", "200", "--out", str(out), *QUICK])
+    first, again = (json.loads((folder / "results.json").read_text()) for folder in (run_folder, out))
+    assert first["checks"] == again["checks"]
+    assert first["posterior"] == again["posterior"]
+
+
+def test_finished_runs_are_not_overwritten(run_folder, capsys):
+    before = (run_folder / "results.json").read_bytes()
+    assert main(["run", "ou", "--n", "50,5", "--out", str(run_folder), *QUICK]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (run_folder / "results.json").read_bytes() == before
+
+
+def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
+    out = tmp_path / "planned"
+    arguments = ["--budget", "4000", "--pilot", "16", "--tests", "20", "--out", str(out), *QUICK]
+    assert main(["run", "ou", "--option", "parameters=4", *arguments]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["spent"]["cost"] <= 4000
+    assert results["plan"]["n"] == results["spent"]["n"]
+    assert results["pilot"]["n"] == 16
+    assert results["posterior"]["names"] == ["gamma", "mu", "sigma", "x_0"]
+    assert {"pilot", "plan"} <= {path.stem for path in (out / "figures").glob("*.png")}
+    assert (out / "pilot.npz").is_file()
+    assert "Report:" in capsys.readouterr().out
+
+
+def test_camels_runs_on_a_folder_of_spectra(camels_folder, tmp_path, monkeypatch):
+    out = tmp_path / "camels"
+    assert main(["run", "camels", "--n", "20,4", "--data", str(camels_folder), "--out", str(out), *QUICK]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["plan"] is None
+    assert "fixed data set" in results["plan_note"]
+    assert results["checks"]["prior_nlpd"] == pytest.approx(np.log(0.4), abs=1e-5)
+    monkeypatch.setenv("MLSBI_CAMELS", str(camels_folder))
+    assert main(["run", "camels", "--n", "20,4", "--strategy", "high", "--out", str(tmp_path / "high"), *QUICK]) == 0
+
+
+def test_absent_data_says_where_it_comes_from(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLSBI_CAMELS", raising=False)
+    assert main(["run", "camels", "--out", str(tmp_path / "x")]) == 2
+    assert "camels.readthedocs.io" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_own_stack_and_an_observation_from_a_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(STACK)
+    np.savetxt(tmp_path / "x.csv", [[0.5, 1.0]], delimiter=",")
+    out = tmp_path / "out"
+    arguments = ["--n", "100,20", "--x-o", str(tmp_path / "x.csv"), "--out", str(out), *QUICK]
+    assert main(["run", f"{tmp_path}/mine.py:stack", *arguments]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["checks"] is None
+    assert results["posterior"]["truth"] is None
+    assert results["posterior"]["observation"] == "file x.csv"
+    assert "Do not trust" in capsys.readouterr().out
+    del sys.modules["mine"]
+
+
+def test_plan_prints_and_draws(tmp_path, capsys):
+    assert main(["plan", "ou", "--budget", "5000", "--pilot", "16", "--quiet", "--out", str(tmp_path / "plan")]) == 0
+    printed = capsys.readouterr().out
+    assert "16 joint rows" in printed
+    assert "euler" in printed
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"pilot.npz", "pilot.png", "plan.png"}
+
+
+def test_tasks_lists_all(capsys, monkeypatch):
+    monkeypatch.delenv("MLSBI_CAMELS", raising=False)
+    assert main(["tasks"]) == 0
+    printed = capsys.readouterr().out
+    for name in mlsbi.tasks.names():
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["run", "nothing"], "Expected a task"),
+        (["run", "ou", "--n", "10,0"], "at least one row per level"),
+        (["run", "ou", "--n", "10"], "one number per level"),
+        (["run", "ou", "--budget", "100"], "does not reach beyond a pilot"),
+        (["run", "ou", "--strategy", "best"], "Unknown strategy"),
+        (["run", "ou", "--option", "parameters=7"], "parameters=3 or parameters=4"),
+        (["run", "ou", "--option", "speed=7"], "takes the options"),
+        (["run", "ou", "--x-o", "nowhere.npy"], "no observation file"),
+        (["run", "ou", "--ensemble", "0"], "--ensemble of at least 1"),
+        (["run", "ou", "--tests", "-1"], "--tests of at least 0"),
+        (["run", "nowhere.py:stack"], "There is no file"),
+        (["run", "nowhere.py"], "path/to/file.py:name"),
+        (["report", "nowhere"], "finished run"),
+    ],
+)
+def test_bad_requests_stop_before_anything_is_run(arguments, match, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert match in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_observation_of_the_wrong_shape_stops_before_anything_is_run(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros(4))
+    assert main(["run", "ou", "--n", "50,5", "--x-o", str(tmp_path / "x.npy"), "--out", str(tmp_path / "out")]) == 2
+    assert "shape (5,)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_the_stack_says_what_it_has(tmp_path, capsys):
+    (tmp_path / "other.py").write_text(STACK)
+    assert main(["plan", f"{tmp_path}/other.py:number", "--budget", "10"]) == 2
+    assert "it defines ['stack']" in capsys.readouterr().err
+    del sys.modules["other"]
+
+
+def test_a_fixed_data_set_cannot_be_planned(camels_folder, capsys):
+    assert main(["plan", "camels", "--data", str(camels_folder), "--budget", "10"]) == 2
+    assert "fixed data set" in capsys.readouterr().err
+    assert main(["run", "camels", "--data", str(camels_folder), "--budget", "10"]) == 2
+    assert "--n" in capsys.readouterr().err

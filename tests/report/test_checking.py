@@ -1,0 +1,91 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mlsbi import NPE, NSF, TrainingOptions, tasks
+from mlsbi.report.checking import check_posterior, verdict
+
+CREDIBILITY = [0.5, 0.8, 0.9, 0.95]
+
+
+def make_results(**changes):
+    checks = {
+        "n_test": 400, "draws": 500, "nlpd": {"mean": -0.9, "median": -1.0, "standard_error": 0.05, "n": 400},
+        "prior_nlpd": 0.27, "reference_nlpd": None, "kld": None,
+        "coverage": {"credibility": CREDIBILITY, "found": [0.51, 0.79, 0.9, 0.94], "p": 0.4}, "sbc": {"p": [0.3, 0.6]},
+    }
+    return {"asked": {"parameters": ["gamma", "mu"]}, "spent": {"failures": [0, 0]}, "checks": {**checks, **changes}}
+
+
+def score(mean, error=0.1):
+    return {"mean": mean, "median": mean, "standard_error": error, "n": 400}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        ({}, ["worth 1.17 +- 0.05 nats more", "consistent with what happens: 90% regions hold the truth in 90%"],
+         ["ranks", "left out"]),
+        ({"nlpd": score(0.9)}, ["worse than the prior by 0.63", "do not use it"], []),
+        ({"nlpd": score(0.25)}, ["cannot be told from the prior"], []),
+        ({"nlpd": score(math.inf, math.nan)}, ["no density at all", "must not be used"], []),
+        ({"coverage": {"credibility": CREDIBILITY, "found": [0.3, 0.6, 0.7, 0.8], "p": 1e-6}}, ["overconfident"], []),
+        ({"coverage": {"credibility": CREDIBILITY, "found": [0.7, 0.95, 0.99, 1.0], "p": 1e-6}}, ["too cautious"], []),
+        ({"sbc": {"p": [0.001, 0.4]}}, ["ranks of gamma are not uniform"], []),
+        ({"sbc": {"p": [0.007, 0.4]}}, [], ["ranks"]),  # two tests: 0.005 each
+        ({"reference_nlpd": -1.5, "kld": score(0.6)}, ["scores -1.50", "0.60 nats per observation"], []),
+    ],
+    ids=str,
+)
+def test_numbers_become_sentences(changes, said, unsaid):
+    text = " ".join(verdict(make_results(**changes)))
+    assert all(part in text for part in said)
+    assert not any(part in text for part in unsaid)
+
+
+def test_unchecked_and_failing_runs_say_so():
+    assert "Do not trust" in verdict({**make_results(), "checks": None})[0]
+    assert "3 rows" in verdict({**make_results(), "spent": {"failures": [0, 3]}})[-1]
+
+
+class Exact:
+    """The exact posterior in the place of a trained one."""
+
+    def __init__(self, task, shift=0.0):
+        self.prior, self.reference, self.shift = task.prior, task.reference, shift
+
+    def log_prob_batched(self, theta, x):
+        columns = [self.reference.log_prob((theta[:, i] - self.shift).double(), x[i].expand(len(theta), -1))
+                   for i in range(len(x))]
+        return torch.stack(columns, 1)
+
+    def sample_batched(self, shape, x, seed):
+        drawn = [self.reference.sample(shape[0], row, seed + i) + self.shift for i, row in enumerate(x)]
+        return torch.stack(drawn, 1).float()
+
+
+def test_the_exact_posterior_passes_every_check_and_a_shifted_one_does_not():
+    task = tasks.get("ou")
+    theta, x = task.test(150, 5)
+    found, arrays = check_posterior(Exact(task), theta, x, draws=100, seed=0, reference=task.reference)
+    assert abs(found["kld"]["mean"]) < 1e-3  # the same density, scored twice
+    assert found["nlpd"]["mean"] == pytest.approx(found["reference_nlpd"], abs=1e-6)
+    assert found["coverage"]["p"] > 0.01
+    assert min(found["sbc"]["p"]) > 0.01 / 3
+    assert arrays["ranks"].shape == (150, 3)
+    shifted, _ = check_posterior(Exact(task, shift=0.15), theta, x, draws=100, seed=0)
+    assert min(shifted["sbc"]["p"]) < 1e-3
+
+
+def test_checks_of_a_trained_posterior_are_reproducible():
+    task = tasks.get("ou")
+    npe = NPE(task.prior, density=NSF(transforms=2, hidden=8, blocks=1), training=TrainingOptions(epochs=2), seed=0)
+    posterior = npe.fit(task.simulate((50, 10), 0), progress=False).posterior()
+    theta, x = task.test(20, 0)
+    (first, one), (again, two) = (check_posterior(posterior, theta, x, draws=30, seed=3) for _ in range(2))
+    assert first == again
+    assert np.array_equal(one["hpd_levels"], two["hpd_levels"])
+    assert first["kld"] is None
+    assert first["prior_nlpd"] == pytest.approx(-task.prior.log_prob(theta).mean().item())
