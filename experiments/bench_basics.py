@@ -1,0 +1,144 @@
+r"""Speed and memory of the basics: imports, the training step, simulating, a whole run.
+
+Every figure is a ratio of two things measured in turn on the same machine, the median over repetitions.
+
+    python experiments/bench_basics.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from runner import write_result
+from torch import nn
+
+from mlsbi import NSF, simulate, tasks
+from mlsbi.strategies.fitting import posterior_problem
+from mlsbi.training.loop import Objective, TrainingOptions, _Trainer
+
+
+def in_turn(one: Callable[[], Any], other: Callable[[], Any], repetitions: int) -> dict[str, float]:
+    """Median seconds of both, run alternately, and the median and range of their ratio pair by pair."""
+    one(), other()
+    pairs = []
+    for _ in range(repetitions):
+        times = []
+        for function in (one, other):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        pairs.append(times)
+    ratios = [a / b for a, b in pairs]
+    return {
+        "seconds": statistics.median(a for a, _ in pairs), "reference_seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "repetitions": repetitions,
+    }
+
+
+def python(code: str) -> Callable[[], Any]:
+    """Runs code in a fresh interpreter."""
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def importing(repetitions: int) -> dict[str, Any]:
+    """Importing against importing torch, fresh interpreters."""
+    return {
+        "import mlsbi": in_turn(python("import mlsbi"), python("import torch"), repetitions),
+        "from mlsbi import NPE": in_turn(python("from mlsbi import NPE"), python("import torch"), repetitions),
+    }
+
+
+def training_step(repetitions: int, n: tuple[int, int]) -> dict[str, Any]:
+    """A step of the engine against plain forward and backward passes, one per term, of the same rows and network."""
+    problem = posterior_problem(tasks.get("ou").simulate(n, 0), tasks.get("ou").prior)
+    found = {}
+    for name, objective in (
+        ("unit weights", Objective()),
+        ("estimated weights", Objective("estimated")),
+        ("rescale and project", Objective(rescale=True, project=True)),
+    ):
+        network = problem.network(NSF(), None, seed=0)
+        trainer = _Trainer(network, problem.terms, [], objective, TrainingOptions(batch_size=None), torch.device("cpu"))
+        batch = trainer.full
+        halves = batch.halves()
+        plain = problem.network(NSF(), None, seed=0)
+        optimiser = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+
+        def engine(trainer: Any = trainer, batch: Any = batch) -> None:
+            trainer._step(batch, [1.0, 1.0], record=False)
+
+        def reference(plain: Any = plain, halves: Any = halves, optimiser: Any = optimiser) -> None:
+            optimiser.zero_grad()
+            for sign, (input, condition) in zip((1.0, 1.0, -1.0), halves, strict=True):
+                (-sign * plain.standard_log_prob(input, condition).mean()).backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 5.0)
+            optimiser.step()
+
+        found[f"{name}, n = {n[0]} + {n[1]}"] = in_turn(engine, reference, repetitions)
+    return found
+
+
+def simulating(repetitions: int) -> dict[str, Any]:
+    """`simulate` of 100 000 vectorised rows against drawing and calling the simulators directly."""
+    stack = tasks.get("ou").stack
+    rows = (90_000, 10_000)
+
+    def ours() -> None:
+        simulate(stack, rows, seed=0, progress=False)
+
+    def direct() -> None:
+        generator = torch.Generator().manual_seed(0)
+        low, high = stack.levels
+        theta, noise = stack.prior.sample((rows[0],)), stack.noise(rows[0], generator)
+        low.simulate(theta, noise)
+        theta, noise = stack.prior.sample((rows[1],)), stack.noise(rows[1], generator)
+        high.simulate(theta, noise), low.simulate(theta, noise)
+
+    return {"simulate 100 000 rows of ou": in_turn(ours, direct, repetitions)}
+
+
+def memory(n: str) -> dict[str, Any]:
+    """Peak resident memory of a whole run, and the size of its data."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        arguments = ["run", "ou", "--n", n, "--ensemble", "1", "--quiet", "--out", str(out)]
+        code = f"import sys; from mlsbi.cli.main import main; sys.exit(main({arguments!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        data = (out / "data.npz").stat().st_size
+        spent = json.loads((out / "results.json").read_text())["spent"]["n"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    limit = 3 * data + 2**30
+    return {"run": {"n": spent, "data_bytes": data, "peak_bytes": peak, "limit_bytes": limit, "ratio": peak / limit}}
+
+
+def main() -> None:
+    """Measures everything and writes `experiments/results/bench_basics.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {}
+    results |= memory("200000,2000")  # first: the peak is over all children
+    results |= importing(min(options.repetitions, 7))
+    results |= training_step(4 * options.repetitions, (1000, 100))
+    results |= training_step(options.repetitions, (10_000, 1000))
+    results |= simulating(options.repetitions)
+    for name, row in results.items():
+        print(f"{name:45s} {row['ratio']:.3f}", {k: round(v, 3) for k, v in row.items() if k in ("lowest", "highest")})
+    print(write_result("bench_basics", {"threads": options.threads, "seed": 0, "ratios": results}))
+
+
+if __name__ == "__main__":
+    main()

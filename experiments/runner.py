@@ -1,0 +1,51 @@
+r"""Shared by the experiments: resumable cells and small result files that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("mlsbi", "torch", "nflows", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and size of the machine that a result was measured with."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "../mlsbi", "."], cwd=here, capture_output=True, text=True, check=True
+    )
+    return {
+        "commit": commit.stdout.strip(),
+        "uncommitted": [line for line in changed.stdout.splitlines() if "results/" not in line],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "cores": os.cpu_count(),
+    }
+
+
+def resume_cell(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of one cell of an experiment, read if an earlier run finished it."""
+    path = folder / f"{key}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    result = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result))
+    os.replace(partial, path)
+    return result
+
+
+def write_result(name: str, content: dict[str, Any]) -> Path:
+    """Writes `experiments/results/<name>.json`, provenance included."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**content, "provenance": provenance()}, indent=1) + "\n")
+    return path
