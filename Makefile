@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 # Set-up happens once; touching pyproject.toml or constraints.txt repeats it.
 $(STAMP): pyproject.toml constraints.txt
@@ -16,10 +16,7 @@ demo: $(STAMP)
 	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --out runs/demo --overwrite
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests mlsbi --doctest-modules -m "not slow"
-
-test-slow: $(STAMP)
-	@$(BIN)/python -m pytest tests -m slow
+	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -26,7 +26,6 @@ def open_executor(executor: Executor | None, workers: int) -> Iterator[Executor]
 
     Raises:
         ValueError: If both an executor and workers are given, or workers is not positive.
-        ImportError: If several workers are asked for and loky is not installed.
     """
     if workers < 1:
         raise ValueError(f"Expected workers >= 1; got {workers}.")
@@ -37,9 +36,7 @@ def open_executor(executor: Executor | None, workers: int) -> Iterator[Executor]
     elif workers == 1:
         yield SerialExecutor()
     else:
-        try:
-            from loky import ProcessPoolExecutor
-        except ImportError as error:
-            raise ImportError("workers > 1 needs loky: pip install mlsbi[parallel], or pass an executor.") from error
+        from loky import ProcessPoolExecutor
+
         with ProcessPoolExecutor(max_workers=workers) as pool:
             yield pool
