@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --out runs/demo --overwrite
+	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --ensemble 5 --out runs/demo --overwrite
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow"

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--budget", type=float, help="total cost; a pilot decides how to split it")
     amount.add_argument("--n", type=_numbers, help="rows per level, cheapest first: 1000,100")
     run.add_argument("--strategy", default="multilevel", help="multilevel (default), high or low")
-    run.add_argument("--ensemble", type=int, default=5, help="networks whose mixture is the posterior (default 5)")
+    run.add_argument("--ensemble", type=int, default=10, help="networks whose mixture is the posterior (default 10)")
     run.add_argument("--x-o", type=Path, help="observation, .npy, .csv or text; default: the first test simulation")
     run.add_argument("--tests", type=int, help="test simulations of the highest level (tasks: up to 400; own stack: 0)")
     run.add_argument("--draws", type=int, default=2000, help="posterior draws to write (default 2000)")

@@ -66,7 +66,7 @@ class NSF:
 
     transforms: int = 3
     hidden: int = 32
-    blocks: int = 2
+    blocks: int = 1
     bins: int = 5
     tail_bound: float = 4.0
     dropout: float = 0.0

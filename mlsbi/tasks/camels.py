@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlsbi.data import MultilevelData, spread
+from mlsbi.density.flows import NSF
 from mlsbi.priors import BoxPrior
 from mlsbi.tasks.task import Task
 
@@ -80,7 +81,7 @@ def build(
         test=splits.test,
         budgets=(splits.budget,),
         test_rows=splits.test_rows,
-        density="nsf",
+        density=NSF(transforms=3, hidden=16, blocks=1, bins=3),  # 600 rows feed no larger one
         x_names=("k [h/Mpc]",),
         x_axis=tuple(catalogue.k.tolist()),
         citation="Villaescusa-Navarro et al., The CAMELS project, ApJ 915 (2021) and ApJS 265 (2023); spectra as "

@@ -47,10 +47,10 @@ class TrainingOptions:
         ValueError: If a number is out of range.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     batch_size: int | None = 256
     epochs: int = 1000
-    patience: int = 40
+    patience: int = 30
     validation_fraction: float = 0.2
     clip: float = 5.0
     weight_decay: float = 0.0
