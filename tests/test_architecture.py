@@ -26,7 +26,7 @@ ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
     "simulation": ["seeding", "executors", "campaign"],
     "density": ["standardise", "splines", "flows", "conditional"],
-    "training": ["objective", "weights", "gradients", "loop"],
+    "training": ["objective", "alignment", "weights", "gradients", "loop"],
     "strategies": ["multilevel", "single_level", "registry", "fitting"],
     "allocation": ["problem", "goals", "integers", "advising", "optimal", "piloting"],
     "inference": ["posteriors", "saving", "npe", "loading"],

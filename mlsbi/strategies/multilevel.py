@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.training.alignment import align_terms
 from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term
 
@@ -18,10 +19,12 @@ class Multilevel:
     r"""Multilevel training: many cheap rows carry the bulk of the loss, few coupled pairs correct it.
 
     Args:
-        weights: `"estimated"` weighs each level by how well it predicts the next one, from earlier steps;
-            `"unit"` is the published objective; or fixed numbers a_0 .. a_{L-1}.
+        weights: `"unit"` is the published objective; `"estimated"` weighs each level by how well its losses predict
+            the next level's, on rows held out, from earlier epochs; or fixed numbers a_0 .. a_{L-1}.
         rescale: Whether the coarse gradient of each pair gets the length of the fine one.
         project: Whether the gradients of level 0 and of the correction are projected when they conflict.
+        align: Whether outputs of cheap levels are mapped towards the finest by an affine map per output, fitted on
+            the pairs trained on. The sum still telescopes: both halves that contain a level are mapped alike.
 
     Raises:
         ValueError: If `weights` is another word.
@@ -31,9 +34,10 @@ class Multilevel:
         | https://arxiv.org/abs/2506.06087
     """
 
-    weights: Literal["unit", "estimated"] | tuple[float, ...] = "estimated"
+    weights: Literal["unit", "estimated"] | tuple[float, ...] = "unit"
     rescale: bool = False
     project: bool = False
+    align: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, str):
@@ -57,6 +61,8 @@ class Multilevel:
         label: str = "training",
     ) -> History:
         """Trains the network in place; see `minimise`."""
+        if self.align:
+            train, validation = align_terms(train, validation)
         objective = Objective(weights=self.weights, rescale=self.rescale, project=self.project)
         return minimise(network, train, validation, objective=objective, options=options, seed=seed,
                         progress=progress, label=label)

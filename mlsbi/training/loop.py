@@ -69,7 +69,7 @@ class Objective:
     r"""Which weighted telescoping sum is descended, and how its gradient is adjusted.
 
     Args:
-        weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from earlier steps), or
+        weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from losses of earlier epochs), or
             fixed a_0 .. a_{L-1}.
         rescale: Whether each coarse gradient gets the length of its fine twin.
         project: Whether conflicting gradients of level 0 and of the correction are projected.
@@ -134,7 +134,7 @@ def minimise(
 
     Raises:
         ValueError: If the weights do not fit the terms, or cannot be estimated because a term has one row.
-        RuntimeError: If the loss is not finite at the start.
+        RuntimeError: If the loss is not finite before training, or training diverges at once.
     """
     device = next(network.parameters()).device
     with seeded(seed, device):
@@ -183,13 +183,13 @@ class _Trainer:
         start = time.perf_counter()
         best: dict[str, Tensor] | None = None
         history = self.history
+        if not math.isfinite(self._score(batch_terms(self.terms))):
+            raise RuntimeError("The loss is not finite before training has begun. Check x for extreme values.")
         for epoch in epochs:
             record = self._train_epoch(epoch)
-            record["validation_loss"] = self._validate() if self.validation is not None else math.nan
+            record["validation_loss"] = self._score(self.validation) if self.validation is not None else math.nan
             history.epochs.append(record)
             score = record["validation_loss"] if self.validation is not None else record["loss"]
-            if epoch == 0 and not math.isfinite(score):
-                raise RuntimeError("The loss is not finite at the start of training. Check x for extreme values.")
             if self.validation is None:
                 history.best_epoch, history.best_loss = epoch, score
             elif score < history.best_loss:
@@ -205,8 +205,8 @@ class _Trainer:
         else:
             history.stopped = f"all {self.options.epochs} epochs done"
         epochs.close()
-        if self.validation is None and not math.isfinite(history.best_loss):
-            raise RuntimeError(f"Training diverged ({history.stopped}) and no rows were held out to fall back on.")
+        if not math.isfinite(history.best_loss):
+            raise RuntimeError("Training diverged before there were any weights to keep. Lower the learning rate.")
         if best is not None:
             self.network.load_state_dict(best)
         self.network.eval()
@@ -224,7 +224,7 @@ class _Trainer:
             halves_seen.append(torch.stack([half.detach().mean() for half in halves]))
             if combined is not None:
                 combined_seen.append(combined)
-            if self.lagged is not None:
+            if self.lagged is not None and self.validation is None:
                 self.lagged.update(halves)
         means = torch.stack(halves_seen).mean(0)
         return _record(means, weights, combined_seen)
@@ -282,11 +282,14 @@ class _Trainer:
             parameter.grad = part.view_as(parameter)
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        assert self.validation is not None  # noqa: S101
+    def _score(self, batch: Batch) -> float:
+        """The telescoped loss of rows in eval mode; held-out rows then tell the next weights."""
         self.network.eval()
-        losses = -self.network.standard_log_prob(self.validation.input, self.validation.condition)
-        return float(telescope(losses.split(self.validation.sizes), self.weights))
+        halves = (-self.network.standard_log_prob(batch.input, batch.condition)).split(batch.sizes)
+        score = float(telescope(halves, self.weights))
+        if self.lagged is not None and batch is self.validation and math.isfinite(score):
+            self.lagged.update(halves)
+        return score
 
     def _batches(self) -> Iterator[Batch]:
         if self.full is not None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from mlsbi.training.alignment import fit_affine
 
 __all__ = ["LaggedWeights", "solve_weights"]
 
 
 def solve_weights(
-    n: Sequence[float], fine: Sequence[float], coarse: Sequence[float], covariance: Sequence[float]
+    n: Sequence[float], fine: ArrayLike, coarse: ArrayLike, covariance: ArrayLike
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     r"""Weights a_0 .. a_L that minimise the telescoping estimator's variance, a_L = 1.
 
@@ -45,31 +49,45 @@ def solve_weights(
 
 
 class LaggedWeights:
-    r"""Estimated weights that never see the rows they multiply: moments of earlier steps, smoothed.
+    r"""Weights estimated from losses seen before: smoothed moments of rows that the network was not trained on.
+
+    The moments of training rows would not do: the finer the network fits the few fine halves, the less these go with
+    their coarse twins, until the cheap levels are left out altogether. A level's variance is pooled over all rows that
+    have its output; the slope of fine on coarse losses is drawn towards 1, the published objective, by `fit_affine`.
 
     Args:
-        n: Rows of each term, shape `(L + 1,)`.
-        smoothing: Share of the old moments kept at each step.
+        n: Rows trained on in each term, shape `(L + 1,)`.
+        smoothing: Share of the old moments kept at each update.
     """
 
-    def __init__(self, n: Sequence[int], *, smoothing: float = 0.95) -> None:
+    def __init__(self, n: Sequence[int], *, smoothing: float = 0.8) -> None:
         self.n = tuple(n)
         self.smoothing = smoothing
-        self.current = (*([0.0] * (len(n) - 1)), 1.0)
-        self._moments: np.ndarray[tuple[int, int], np.dtype[np.float64]] | None = None
+        self.current = (1.0,) * len(n)
+        self._moments: Tensor | None = None
 
     def update(self, halves: Sequence[Tensor]) -> None:
-        """Takes in the row losses of a step, in the order of `telescope`; its weights hold from the next step on."""
-        moments = np.zeros((3, len(self.n)))
-        for level in range(len(self.n)):
-            f = halves[max(2 * level - 1, 0)].detach().double().cpu().numpy()
-            moments[0, level] = f.var(ddof=1)
-            if level:
-                c = halves[2 * level].detach().double().cpu().numpy()
-                moments[1, level] = c.var(ddof=1)
-                moments[2, level] = np.cov(f, c)[0, 1]
+        """Takes in row losses, in the order of `telescope`; the new weights hold from the next use on."""
+        if len(self.n) == 1:
+            return
+        losses = [half.detach().double().cpu() for half in halves]
+        fine, coarse = [losses[0], *losses[1::2]], losses[2::2]  # coarse[l] are rows of level l, as fine[l]
+        variances, slopes = [], []
+        for level, twin in enumerate(coarse):
+            variances.append(_pooled_variance(fine[level], twin))
+            slopes.append(fit_affine(twin, fine[level + 1], variances[-1])[0])
+        moments = torch.stack([torch.stack(variances), torch.stack(slopes)])
         keep = self.smoothing if self._moments is not None else 0.0
         self._moments = moments if self._moments is None else keep * self._moments + (1 - keep) * moments
-        solved = solve_weights(self.n, *self._moments)
-        # A weight outside [0, 1] only follows noise of few pairs: levels that agree give 1, unrelated ones 0.
+        variance, slope = self._moments.numpy()
+        below = np.concatenate([[0.0], variance])
+        # The finest level's own variance does not enter.
+        solved = solve_weights(self.n, np.append(variance, 0.0), below, np.concatenate([[0.0], slope * variance]))
+        # Beyond [0, 1] a weight follows noise of few pairs: levels that agree give 1, unrelated ones 0.
         self.current = tuple(float(a) for a in np.clip(solved, 0.0, 1.0))
+
+
+def _pooled_variance(*groups: Tensor) -> Tensor:
+    """Variance of all rows together, each group about its own mean; 0 where no group has two rows."""
+    freedom = sum(len(group) - 1 for group in groups)
+    return torch.stack([((group - group.mean()) ** 2).sum() for group in groups]).sum() / max(freedom, 1)

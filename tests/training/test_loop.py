@@ -183,18 +183,30 @@ def test_without_held_out_rows_all_epochs_are_run():
     assert math.isnan(history.epochs[0]["validation_loss"])
 
 
-def test_a_network_that_explodes_keeps_its_best_weights():
-    options = TrainingOptions(epochs=200, learning_rate=1e4, clip=1e9, batch_size=None)
-    network, history, _ = fit(options=options)
-    assert "finite" in history.stopped or "no better" in history.stopped
+def test_a_network_that_explodes_keeps_its_best_weights(monkeypatch):
+    step = _Trainer._step
+
+    def explode(self, batch, weights, *, record):
+        if len(self.history.epochs) == 3:
+            next(iter(self.parameters)).data.fill_(math.nan)
+        return step(self, batch, weights, record=record)
+
+    monkeypatch.setattr(_Trainer, "_step", explode)
+    network, history, _ = fit(options=TrainingOptions(epochs=10, batch_size=None))
+    assert "stopped being finite" in history.stopped
     assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
     assert math.isfinite(history.best_loss)
+
+
+def test_training_that_diverges_at_once_is_an_error():
+    with pytest.raises(RuntimeError, match="Lower the learning rate"):
+        fit(options=TrainingOptions(epochs=5, learning_rate=1e30, clip=1e9, batch_size=None))
 
 
 def test_extreme_x_is_an_error_not_a_nan_network():
     terms = make_terms()
     terms[0] = Term(terms[0].input, terms[0].fine * 1e38)
-    with pytest.raises(RuntimeError, match="not finite at the start"):
+    with pytest.raises(RuntimeError, match="not finite before training"):
         fit(terms=terms)
 
 

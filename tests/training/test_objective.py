@@ -67,22 +67,47 @@ def test_swapped_levels_are_biased():
     assert telescope([low, twin, high], [1.0, 1.0]).item() != 2.0
 
 
+def halves(n0, n1, agree, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    low, coarse = torch.randn(n0, generator=g), torch.randn(n1, generator=g)
+    return [low, agree * coarse + (1 - agree**2) ** 0.5 * torch.randn(n1, generator=g), coarse]
+
+
 def test_lagged_weights_do_not_see_the_rows_they_multiply():
     lagged = LaggedWeights([100, 10])
-    before = lagged.current
-    assert before == (0.0, 1.0)
-    rows = torch.randn(10, generator=torch.Generator().manual_seed(0))
-    lagged.update([torch.randn(100, generator=torch.Generator().manual_seed(1)), rows, rows])
-    assert lagged.current[0] == pytest.approx(100 / 110, abs=0.05)  # full correlation: n_0 V / (n_0 + n_1)
+    assert lagged.current == (1.0, 1.0)  # the published objective, before anything is known
+    lagged.update(halves(100, 10, agree=1.0))
+    assert lagged.current[0] == pytest.approx(100 / 110, abs=0.01)  # full correlation: n_0 / (n_0 + n_1)
+    assert lagged.current[1] == 1.0
 
 
-def test_weights_are_the_moments_of_the_pairs():
-    fine, coarse = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0])
-    lagged = LaggedWeights([1000, 3])
-    lagged.update([torch.tensor([0.0, 1.0]), fine, coarse])
-    expected = solve_weights([1000, 3], [0.5, fine.var().item()], [0.0, coarse.var().item()],
-                             [0.0, np.cov(fine, coarse)[0, 1]])
-    assert lagged.current == pytest.approx(tuple(expected))
+def test_weights_follow_the_correlation_of_many_pairs():
+    for agree in (0.0, 0.5, 0.9):
+        lagged = LaggedWeights([10**6, 1000])
+        lagged.update(halves(20_000, 5000, agree))
+        assert lagged.current[0] == pytest.approx(agree, abs=0.05)  # three standard errors of both variances
+
+
+def test_few_pairs_keep_to_the_published_objective():
+    few, many = LaggedWeights([1000, 10]), LaggedWeights([1000, 10])
+    few.update(halves(200, 3, agree=0.0))
+    many.update(halves(200, 300, agree=0.0))
+    assert few.current[0] > 0.5 > 0.1 > many.current[0]
+
+
+def test_one_pair_is_enough_and_weights_stay_between_zero_and_one():
+    lagged = LaggedWeights([100, 4])
+    lagged.update(halves(30, 1, agree=1.0))
+    assert lagged.current[0] == pytest.approx(100 / 104, abs=0.01)
+    lagged.update([torch.randn(30), -torch.arange(9.0), torch.arange(9.0)])
+    assert 0.0 <= lagged.current[0] <= 1.0
+
+
+def test_weights_are_smoothed():
+    lagged = LaggedWeights([10**6, 1000])
+    lagged.update(halves(5000, 5000, agree=1.0))
+    lagged.update(halves(5000, 5000, agree=0.0))
+    assert lagged.current[0] == pytest.approx(0.8, abs=0.05)
 
 
 def terms(n0=40, n1=10):
