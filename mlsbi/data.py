@@ -127,7 +127,9 @@ class MultilevelData:
         Raises:
             ValueError: If more rows are asked of a level than it has, or fewer than one.
         """
-        wanted = [min(n, have) for have in self.n] if isinstance(n, int) else spread(n, len(self), what="n")
+        wanted = spread(n, len(self), what="n")
+        if isinstance(n, (int, np.integer)):
+            wanted = [min(want, have) for want, have in zip(wanted, self.n, strict=True)]
         for name, want, have in zip(self.names, wanted, self.n, strict=True):
             if not 1 <= want <= have:
                 raise ValueError(f"Expected between 1 and {have} rows of level '{name}'; got {want}.")
@@ -188,6 +190,8 @@ class MultilevelData:
             ValueError: If the file was written by a newer format.
         """
         with np.load(path, allow_pickle=False) as file:
+            if "format" not in file:
+                raise ValueError(f"{path} was not written by MultilevelData.save: it holds {sorted(file)}.")
             if int(file["format"]) > _FORMAT:
                 raise ValueError(f"{path} has format {int(file['format'])}; this version reads up to {_FORMAT}. "
                                  "Upgrade mlsbi to read it.")
@@ -214,7 +218,12 @@ def spread(value: int | Sequence[int], length: int, *, what: str) -> list[int]:
     Raises:
         ValueError: If the length does not fit or a number is not whole.
     """
-    values = [value] * length if isinstance(value, (int, np.integer)) else list(value)
+    if isinstance(value, (int, np.integer)):
+        return [int(value)] * length
+    try:
+        values = list(value)
+    except TypeError:
+        raise ValueError(f"Expected {what} as a whole number or one per level, {length}; got {value!r}.") from None
     if len(values) != length:
         raise ValueError(f"Expected {what} with one number per level, {length}; got {len(values)}: {values}.")
     if any(int(v) != v for v in values):
@@ -224,4 +233,6 @@ def spread(value: int | Sequence[int], length: int, *, what: str) -> list[int]:
 
 def _to_tensor(array: Any) -> Tensor:
     tensor = torch.as_tensor(array).detach().cpu()
+    if tensor.is_complex():
+        raise ValueError("Expected real arrays; got complex ones. Give real and imaginary parts as separate outputs.")
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())

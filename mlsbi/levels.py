@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from mlsbi.priors import check_prior
 
-__all__ = ["Level", "LevelStack", "Noise", "map_noise"]
+__all__ = ["Level", "LevelStack", "Noise", "campaign_cost", "map_noise", "sum_pair_costs"]
 
 Noise = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """Base noise of n rows: a tensor, or a tuple or dict of tensors, each with leading dimension n."""
@@ -125,10 +125,7 @@ class LevelStack:
         """Cost of one row of each level's term: a pair pays its fine and its coarse run."""
         if self.pair_costs is not None:
             return tuple(self.pair_costs)
-        if self.costs is None:
-            return None
-        below = (0.0, *self.costs[:-1])
-        return tuple(fine + coarse for fine, coarse in zip(self.costs, below, strict=True))
+        return None if self.costs is None else sum_pair_costs(self.costs)
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -153,6 +150,36 @@ class LevelStack:
             return tensor
 
         return map_noise(check, noise)
+
+
+def sum_pair_costs(costs: Sequence[float]) -> tuple[float, ...]:
+    """Cost of one row of each level's term when a pair pays its fine and its coarse run.
+
+    Example:
+        >>> sum_pair_costs([1.0, 10.0, 50.0])
+        (1.0, 11.0, 60.0)
+    """
+    return tuple(fine + coarse for fine, coarse in zip(costs, (0.0, *costs[:-1]), strict=True))
+
+
+def campaign_cost(
+    costs: Sequence[float], pair_costs: Sequence[float], *, runs: Sequence[int], pairs: Sequence[int]
+) -> float:
+    r"""What simulations cost.
+
+    Args:
+        costs: Cost of one run of each level, shape `(L + 1,)`.
+        pair_costs: Cost of one row of each level's term, shape `(L + 1,)`.
+        runs: Runs made of each level, in pairs or alone.
+        pairs: How many of them were made as pairs of each level with the one below; entry 0 is not used.
+
+    Example:
+        >>> campaign_cost([1.0, 10.0], [1.0, 10.0], runs=[120, 20], pairs=[0, 20])  # coarse halves come for free
+        300.0
+    """
+    alone = sum(number * cost for number, cost in zip(runs, costs, strict=True))
+    together = zip(pairs, pair_costs, sum_pair_costs(costs), strict=True)
+    return alone + sum(number * (pair - apart) for number, pair, apart in list(together)[1:])
 
 
 def map_noise(function: Callable[[Any], Any], noise: Any) -> Any:

@@ -27,16 +27,19 @@ def load_stack(spec: str) -> LevelStack:
         raise ValueError(f"Expected path/to/file.py:name; got {spec!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; expected one that defines {name} = LevelStack(...).")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    private = f"_mlsbi_{path.stem}"  # never a name that somebody else imports
+    module_spec = importlib.util.spec_from_file_location(private, path)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"Expected a Python file ending in .py; got {path}.")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[path.stem] = module  # lets worker processes find the simulators
+    sys.modules[private] = module  # dataclasses look their module up while it runs
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         module_spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent.resolve()))
+        # Functions of a module that cannot be imported travel to worker processes by value.
+        del sys.modules[private]
     stack = getattr(module, name, None)
     if not isinstance(stack, LevelStack):
         found = [key for key, value in vars(module).items() if isinstance(value, LevelStack)]

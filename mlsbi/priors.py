@@ -2,6 +2,7 @@ r"""Prior distributions and the map between their support and unbounded space.""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Uniform, biject_to
+from torch.distributions import Distribution, Independent, Uniform, biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from mlsbi.randomness import seeded
 
 __all__ = ["BoxPrior", "Unbounded", "check_prior", "check_theta", "in_support", "parameter_names", "sample_prior"]
+
+
+_FLOAT32_LOGIT = 25 * math.log(2)  # of half a float32 step, 2**-25
 
 
 class BoxPrior(Independent):  # type: ignore[type-arg]  # generic in type stubs only
@@ -87,8 +91,17 @@ class Unbounded:
         return biject_to(self.prior.support)
 
     def to(self, theta: Tensor) -> Tensor:
-        """Maps parameters `(..., D)` inside the support to unbounded coordinates."""
-        return self._map.inv(theta)
+        """Maps parameters `(..., D)` inside the support to unbounded coordinates.
+
+        Parameters on the edge of a box are taken half a float32 step inside, where rounding may have come from.
+        """
+        z: Tensor = self._map.inv(theta)
+        return z.clamp(-_FLOAT32_LOGIT, _FLOAT32_LOGIT) if self._is_box else z
+
+    @property
+    def _is_box(self) -> bool:
+        support: Any = self.prior.support
+        return isinstance(getattr(support, "base_constraint", support), constraints.interval)
 
     def back(self, z: Tensor) -> Tensor:
         """Maps unbounded coordinates to parameters `(..., D)`, which lie in the support."""
@@ -156,6 +169,7 @@ def check_theta(prior: Distribution, theta: Tensor, *, where: str) -> None:
 
 def in_support(prior: Distribution, theta: Tensor) -> Tensor:
     """Whether each parameter vector of `(..., D)` is finite and inside the support, shape `(...,)`."""
+    theta = theta.to(torch.get_default_dtype())  # edges are kept in it: 0.1 is not above 0.1
     finite = torch.isfinite(theta).all(-1)
     if theta.numel() == 0:
         return finite
@@ -165,7 +179,9 @@ def in_support(prior: Distribution, theta: Tensor) -> Tensor:
 
 def parameter_names(prior: Distribution) -> tuple[str, ...]:
     """The prior's own parameter names, else `theta_1, theta_2, ...`."""
-    return tuple(getattr(prior, "names", ())) or _default_names(prior.event_shape[0])
+    dim = prior.event_shape[0]
+    names = getattr(prior, "names", None)
+    return tuple(map(str, names)) if names is not None and len(names) == dim else _default_names(dim)
 
 
 def _default_names(dim: int) -> tuple[str, ...]:

@@ -50,9 +50,16 @@ def test_newer_format_is_refused(tmp_path):
         MultilevelData.load(path)
 
 
+def test_a_foreign_file_is_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="not written by MultilevelData.save"):
+        MultilevelData.load(tmp_path / "other.npz")
+
+
 def test_head():
     data = MultilevelData.from_arrays(make())
     assert data.head(5).n == (5, 4)
+    assert data.head(np.int64(5)).n == (5, 4)
     assert data.head((7, 2)).n == (7, 2)
     assert torch.equal(data.head((7, 2)).levels[1].coarse, data.levels[1].coarse[:2])
     with pytest.raises(ValueError, match="between 1 and 4"):
@@ -80,6 +87,8 @@ def test_integers_become_floats():
         (lambda d: [d[0], (d[1][0], d[1][1], d[1][2][:, :2])], "coarse outputs of shape"),
         (lambda d: [(d[0][0], d[0][1] * float("nan")), d[1]], "10 fine rows of level 'level 0' are not"),
         (lambda d: [(d[0][0][:, 0], d[0][1]), d[1]], "theta of shape"),
+        (lambda d: [(d[0][0], d[0][1].to(torch.complex64))], "complex"),
+        (lambda d: [(d[0][0], d[0][1][:, 0])], r"x\[:, None\]"),
     ],
 )
 def test_bad_arrays(change, match):

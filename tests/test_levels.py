@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack
+from mlsbi.levels import campaign_cost, sum_pair_costs
 
 PRIOR = BoxPrior([0.0], [1.0])
 
@@ -28,6 +29,13 @@ def test_undeclared_costs_are_unknown():
     stack = LevelStack(PRIOR, noise, [Level("a", simulate), Level("b", simulate)])
     assert stack.costs is None
     assert stack.row_costs is None
+
+
+def test_campaign_cost_charges_pairs_as_declared():
+    # 5 plain runs of the cheapest level and 3 pairs of each level above.
+    runs, pairs = (8, 6, 3), (0, 3, 3)
+    assert campaign_cost((1, 10, 100), sum_pair_costs((1, 10, 100)), runs=runs, pairs=pairs) == 8 + 60 + 300
+    assert campaign_cost((1, 10, 100), (1, 10, 100), runs=runs, pairs=pairs) == 5 + 30 + 300
 
 
 @pytest.mark.parametrize("costs", [(2, 1), (1, 1), (1, 3, 2)])

@@ -63,6 +63,23 @@ def test_sampling_is_seeded_and_leaves_global_state():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_edges_in_float64_belong_to_the_box_and_stay_finite():
+    prior = BoxPrior([0.1], [0.3])
+    theta = torch.linspace(0.1, 0.3, 21, dtype=torch.float64)[:, None]
+    check_theta(prior, theta, where="here")
+    z = Unbounded(prior).to(theta.float())
+    assert z.abs().max() < 18  # the logit of half a float32 step
+    assert torch.allclose(Unbounded(prior).back(z), theta.float(), atol=1e-6)
+
+
+def test_names_that_do_not_fit_are_not_used():
+    prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    prior.names = None
+    assert parameter_names(prior) == ("theta_1", "theta_2")
+    prior.names = ["only one"]
+    assert parameter_names(prior) == ("theta_1", "theta_2")
+
+
 def test_names():
     assert parameter_names(BoxPrior([0.0], [1.0], names=["a"])) == ("a",)
     assert parameter_names(PRIORS["normal"]) == ("theta_1", "theta_2")

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from mlsbi.randomness import child_seed, seeded
+from mlsbi.randomness import check_device, check_seed, child_seed, seeded
 
 
 def test_child_seeds_are_63_bit_and_differ():
@@ -37,3 +38,20 @@ def test_no_seeding_is_queued_for_other_devices():
     with seeded(3):
         torch.randn(1)
     assert len(torch.cuda._queued_calls) == queued
+
+
+@pytest.mark.parametrize("seed", [-1, None, 1.5, "1", True])
+def test_bad_seeds(seed):
+    with pytest.raises(ValueError, match="at least 0 as seed"):
+        check_seed(seed)
+
+
+def test_numpy_seeds_become_plain_numbers():
+    assert type(check_seed(np.int64(3))) is int
+
+
+def test_bad_devices():
+    assert check_device("cpu") == torch.device("cpu")
+    for device in ("nowhere", "cuda:99"):
+        with pytest.raises(ValueError, match="device that torch can use"):
+            check_device(device)

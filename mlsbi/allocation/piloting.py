@@ -16,16 +16,16 @@ from torch.distributions import Distribution
 
 from mlsbi.data import LevelData, MultilevelData
 from mlsbi.density.flows import NSF
-from mlsbi.levels import LevelStack
+from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.priors import Unbounded
-from mlsbi.randomness import child_seed
+from mlsbi.randomness import check_device, child_seed
 from mlsbi.simulation.campaign import JointRows, simulate_joint
 from mlsbi.simulation.seeding import JOINT_STREAM
 from mlsbi.strategies.fitting import Problem, posterior_problem
 from mlsbi.training.loop import Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term
 
-__all__ = ["PilotReport", "pilot"]
+__all__ = ["PilotReport", "pilot", "pilot_cost"]
 
 _FEWEST = 8
 _KURTOSIS_LIMIT = 100.0  # above it a few rare rows decide the variance (Giles 2015, section 3.3)
@@ -153,6 +153,7 @@ def pilot(
     """
     if n < _FEWEST:
         raise ValueError(f"Expected at least {_FEWEST} pilot rows; got {n}.")
+    check_device(device)
     if estimator != "npe":
         raise ValueError(f'Expected estimator "npe"; got {estimator!r}.')
     if integrand != "loss":
@@ -169,7 +170,7 @@ def pilot(
     losses, losses_apart = _cross_fit(joint, apart, stack.prior, seed=seed, device=device, progress=progress)
     runs, seconds = _totals(joint, apart)
     costs = stack.costs or tuple(s / r for s, r in zip(seconds, runs, strict=True))
-    pair_costs = stack.row_costs or tuple(c + b for c, b in zip(costs, (0.0, *costs[:-1]), strict=True))
+    pair_costs = stack.row_costs or sum_pair_costs(costs)
     corrections = np.concatenate([losses[:, :1], np.diff(losses, axis=1)], axis=1)
     variances = corrections.var(axis=0, ddof=1)
     covariance = np.atleast_2d(np.cov(losses, rowvar=False))
@@ -190,12 +191,19 @@ def pilot(
         kurtosis=kurtosis,
         consistency=_consistency(losses, losses_apart),
         rates=_rates(corrections, variances, costs),
-        # A run dearer or cheaper within a pair than alone (pair_costs) is charged as such.
-        spent=sum(r * c for r, c in zip(runs, costs, strict=True))
-        + joint.runs[-1] * sum(p - c - b for p, c, b in zip(pair_costs, costs, (0.0, *costs[:-1]), strict=True)),
+        spent=campaign_cost(costs, pair_costs, runs=runs, pairs=[joint.runs[-1]] * len(stack)),
         data=_as_data(stack, joint, apart, runs, seconds),
         losses=losses,
     )
+
+
+def pilot_cost(stack: LevelStack, n: int) -> float | None:
+    """What a pilot of n rows costs, in the declared unit; `None` where costs are to be measured."""
+    if stack.costs is None or stack.row_costs is None:
+        return None
+    replayed = min(2, n)
+    runs = [2 * n + replayed] * (len(stack) - 1) + [n]
+    return campaign_cost(stack.costs, stack.row_costs, runs=runs, pairs=[n] * len(stack))
 
 
 def _cross_fit(

@@ -19,9 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
+    from mlsbi.training.loop import TrainingError
+
     try:
         options.function(options, given)
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError, TrainingError) as error:
         print(f"mlsbi: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -72,13 +74,17 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
                         help="option of the task, such as parameters=4; may be repeated")
     parser.add_argument("--data", type=Path, help="folder of the data, for tasks that read some")
     parser.add_argument("--pilot", type=int, default=64, metavar="ROWS", help="pilot rows (default 64)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1000,100; got {text!r}") from None
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -117,12 +123,17 @@ def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
 def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
     from mlsbi.allocation.optimal import optimal_allocation
     from mlsbi.allocation.piloting import pilot
+    from mlsbi.cli.running import FEWEST_ROWS, check_budget
 
     target = _target(options)
     if target.stack is None:
         raise ValueError(f"'{target.name}' is a fixed data set: there is nothing to plan.")
-    report = pilot(target.stack, options.pilot, seed=options.seed, device=options.device, progress=not options.quiet)
-    plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance)
+    if options.budget is not None:
+        check_budget(target, options.budget, options.pilot)
+    report = pilot(target.stack, options.pilot, seed=options.seed, device=options.device, workers=options.workers,
+                   progress=not options.quiet)
+    plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance,
+                              minimum=FEWEST_ROWS)
     print(f"{report}\n\n{plan}")
     if options.out is not None:
         from mlsbi import plots
@@ -150,7 +161,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     results = run(target, RunRequest(
         strategy=options.strategy, seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
         command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
-        tests=options.tests, draws=options.draws, x_o=options.x_o, progress=not options.quiet,
+        workers=options.workers, tests=options.tests, draws=options.draws, x_o=options.x_o, progress=not options.quiet,
         say=lambda text: print(text, flush=True),
     ))
     print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,22 +19,27 @@ from torch import Tensor
 
 import mlsbi
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
-from mlsbi.allocation.piloting import PilotReport, pilot
+from mlsbi.allocation.piloting import PilotReport, pilot, pilot_cost
 from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, spread
 from mlsbi.density.flows import builder_to_config
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.posteriors import DirectPosterior
+from mlsbi.levels import campaign_cost, sum_pair_costs
 from mlsbi.priors import parameter_names, sample_prior
 from mlsbi.randomness import child_seed
 from mlsbi.report.checking import check_posterior, verdict
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
-from mlsbi.simulation.campaign import simulate, simulate_level
+from mlsbi.simulation.campaign import simulate
+from mlsbi.simulation.seeding import TEST_STREAM, RowSource
 from mlsbi.strategies.registry import strategy_to_config
 from mlsbi.training.loop import TrainingOptions
 
-__all__ = ["RunRequest", "run"]
+__all__ = ["FEWEST_ROWS", "RunRequest", "check_budget", "run"]
+
+FEWEST_ROWS = 2
+"""Rows that a term needs: one to train on, one to hold out."""
 
 _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
 
@@ -51,6 +57,7 @@ class RunRequest:
     budget: float | None = None
     n: tuple[int, ...] | None = None
     pilot_rows: int = 64
+    workers: int = 1
     tests: int | None = None
     draws: int = 2000
     x_o: Path | None = None
@@ -77,34 +84,34 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     tests = target.default_tests if request.tests is None else request.tests
     observed = _read_observation(target, request)
     out = request.out
-    out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
 
     report, plan, data = _simulate(target, request, n_asked, say)
     data.save(out / "data.npz")
     say(f"simulated {data}")
 
+    test_runs = max(tests, 1) if observed is None else tests
+    test_rows = target.test(test_runs, request.seed) if test_runs else None
+
     npe.fit(data, ensemble=request.ensemble, progress=request.progress)
     npe.save(out / "model")
     say(f"trained {len(npe.networks)} networks in {sum(h.seconds for h in npe.histories):.0f} s")
 
-    theta_test, x_test = target.test(max(tests, 1), request.seed) if tests or observed is None else (None, None)
     truth = None
-    if observed is None:
-        assert theta_test is not None  # noqa: S101
-        assert x_test is not None  # noqa: S101
-        observed, truth = x_test[0], theta_test[0]
+    if observed is None and test_rows is not None:
+        truth, observed = test_rows[0][0], test_rows[1][0]
     posterior = npe.posterior(observed)
     samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
     samples.to_csv(out / "posterior_samples.csv", index=False)
-    if target.reference is not None:
+    if target.reference is not None and observed is not None:
         exact = target.reference.sample(request.draws, observed, child_seed(request.seed, 6))
         type(samples)(exact.numpy(), columns=samples.columns).to_csv(out / "reference_samples.csv", index=False)
 
     checks = None
-    if tests and theta_test is not None and x_test is not None:
-        say(f"checking on {len(theta_test)} test simulations")
-        checks, arrays = check_posterior(posterior, theta_test, x_test, draws=_CHECK_DRAWS,
-                                         seed=child_seed(request.seed, 3), reference=target.reference)
+    if tests and test_rows is not None:
+        say(f"checking on {len(test_rows[0])} test simulations")
+        checks, arrays = check_posterior(posterior, *test_rows, draws=_CHECK_DRAWS, seed=child_seed(request.seed, 3),
+                                         reference=target.reference)
         np.savez(out / "checks.npz", allow_pickle=False, **arrays)
     results = {
         "format": 1,
@@ -123,17 +130,43 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         **_planned(report, plan, n_asked, target),
         "levels": _levels(target, report, data),
         "cost_unit": "as declared" if target.level_costs else "seconds",
-        "spent": _spent(target, report, data),
+        "spent": _spent(target, report, data, test_runs),
         "training": [_trained(history) for history in npe.histories],
         "posterior": _summary(posterior, samples.to_numpy(), truth, request),
         "checks": checks,
-        "files": {"data": "data.npz", "model": "model", "samples": "posterior_samples.csv"},
+        "files": {
+            "data": "data.npz", "model": "model", "samples": "posterior_samples.csv",
+            **({"reference": "reference_samples.csv"} if target.reference is not None else {}),
+        },
     }
     results["verdict"] = verdict(results)
-    (out / "results.json").write_text(json.dumps(_plain(results), indent=1))
+    partial = out / "results.json.partial"
+    partial.write_text(json.dumps(_plain(results), indent=1))
+    os.replace(partial, out / "results.json")
     draw_figures(out)
     write_report(out)
     return results
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier run left, so that nothing of it is taken for this one's."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "report.html", "data.npz", "pilot.npz", "checks.npz", "posterior_samples.csv",
+                 "reference_samples.csv"):
+        (out / name).unlink(missing_ok=True)
+    for pattern in ("figures/*.png", "model/model.*"):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def check_budget(target: Target, budget: float, pilot_rows: int) -> None:
+    """Raises a `ValueError` unless a budget reaches beyond the pilot's own cost, before that is spent."""
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"Expected a positive, finite budget; got {budget}.")
+    floor = pilot_cost(target.stack, pilot_rows) if target.stack is not None else None
+    if floor is not None and budget <= floor:
+        raise ValueError(f"The budget of {budget:g} does not reach beyond a pilot of {pilot_rows} rows, which costs "
+                         f"{floor:g}. Give a larger --budget, or fewer --pilot rows (at least 8).")
 
 
 def _check_request(target: Target, request: RunRequest) -> tuple[int, ...] | None:
@@ -142,19 +175,19 @@ def _check_request(target: Target, request: RunRequest) -> tuple[int, ...] | Non
     if request.budget is not None and target.stack is None:
         raise ValueError(f"'{target.name}' is a fixed data set: nothing can be simulated for a budget. Give --n, at "
                          f"most what it holds; its usual split is --n {','.join(map(str, target.default_n or ()))}.")
+    if target.most_tests is not None and (request.tests or 0) > target.most_tests:
+        raise ValueError(f"Expected --tests of at most {target.most_tests}, what '{target.name}' has; got "
+                         f"{request.tests}.")
     n = request.n if request.n is not None else (target.default_n if request.budget is None else None)
     if n is None and request.budget is None:
         raise ValueError(f"Expected --budget B or --n with {len(target.level_names)} numbers for your own stack.")
     if n is not None:
-        if min(spread(n, len(target.level_names), what="--n")) < 1:
-            raise ValueError(f"Expected at least one row per level; got --n {','.join(map(str, n))}.")
+        if min(spread(n, len(target.level_names), what="--n")) < FEWEST_ROWS:
+            raise ValueError(f"Expected at least {FEWEST_ROWS} rows per level, to train on and to hold out; got --n "
+                             f"{','.join(map(str, n))}.")
         return tuple(n)
-    assert request.budget is not None  # noqa: S101
-    if target.level_costs is not None:
-        floor = request.pilot_rows * (2 * sum(target.level_costs[:-1]) + target.level_costs[-1])
-        if request.budget <= floor:
-            raise ValueError(f"The budget of {request.budget:g} does not reach beyond a pilot of {request.pilot_rows} "
-                             f"rows, which costs {floor:g}. Give a larger --budget, or fewer --pilot rows (>= 8).")
+    if request.budget is not None:
+        check_budget(target, request.budget, request.pilot_rows)
     return None
 
 
@@ -169,11 +202,14 @@ def _read_observation(target: Target, request: RunRequest) -> Tensor | None:
         array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=_comma(path))
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a .npy array or a text file of numbers: {error}") from error
-    x = torch.as_tensor(np.asarray(array, dtype=np.float32))
-    if target.stack is not None:
-        shape = simulate_level(target.stack, 0, 1, seed=0, stream=0)[1].shape[1:]
+    x = torch.as_tensor(np.asarray(array, dtype=np.float64))
+    if target.stack is not None:  # one run of the cheapest level, for its shape alone
+        row = RowSource(target.stack, seed=request.seed, stream=TEST_STREAM).rows(0, 1)
+        shape = torch.as_tensor(target.stack.levels[0].simulate(*row)).shape[1:]
     else:
         shape = target.test(1, request.seed)[1].shape[1:]
+    if x.ndim == 0 and shape.numel() == 1:
+        x = x.reshape(shape)
     if tuple(x.shape) not in (tuple(shape), (1, *shape)) or not bool(torch.isfinite(x).all()):
         raise ValueError(f"Expected a finite observation of shape {tuple(shape)} in {path}; got {tuple(x.shape)}.")
     return x.reshape(shape)
@@ -186,18 +222,20 @@ def _comma(path: Path) -> str | None:
 def _simulate(
     target: Target, request: RunRequest, n: tuple[int, ...] | None, say: Any
 ) -> tuple[PilotReport | None, Allocation | None, MultilevelData]:
-    if target.stack is None:
-        assert target.simulate_data is not None  # noqa: S101
-        assert n is not None  # noqa: S101
+    if target.simulate_data is not None and n is not None:
         return None, None, target.simulate_data(n, request.seed)
+    if target.stack is None:
+        raise ValueError(f"'{target.name}' has neither simulators nor data.")
     if n is not None:
-        return None, None, simulate(target.stack, n, seed=request.seed, progress=request.progress)
+        return None, None, simulate(target.stack, n, seed=request.seed, workers=request.workers,
+                                    progress=request.progress)
     report = pilot(target.stack, request.pilot_rows, seed=request.seed, device=request.device,
-                   progress=request.progress)
+                   workers=request.workers, progress=request.progress)
     report.data.save(request.out / "pilot.npz")  # paid for: kept whatever happens next
-    plan = optimal_allocation(report, budget=request.budget)
+    plan = optimal_allocation(report, budget=request.budget, minimum=FEWEST_ROWS)
     say(f"{report}\n\n{plan}\n")
-    data = simulate(target.stack, plan, seed=request.seed, reuse=report.data, progress=request.progress)
+    data = simulate(target.stack, plan, seed=request.seed, reuse=report.data, workers=request.workers,
+                    progress=request.progress)
     return report, plan, data
 
 
@@ -226,15 +264,21 @@ def _costs(target: Target, report: PilotReport | None, data: MultilevelData) -> 
         return target.level_costs
     if report is not None:
         return report.costs
-    assert data.seconds is not None  # noqa: S101
-    return tuple(s / max(r, 1) for s, r in zip(data.seconds, data.runs, strict=True))
+    seconds = data.seconds or (0.0,) * len(data)
+    return tuple(s / max(r, 1) for s, r in zip(seconds, data.runs, strict=True))
 
 
-def _spent(target: Target, report: PilotReport | None, data: MultilevelData) -> dict[str, Any]:
+def _spent(target: Target, report: PilotReport | None, data: MultilevelData, test_runs: int) -> dict[str, Any]:
     costs = _costs(target, report, data)
-    cost = sum(r * c for r, c in zip(data.runs, costs, strict=True))
+    pair_costs = (target.stack.row_costs if target.stack is not None else None) or sum_pair_costs(costs)
+    pairs = [n + lost for n, lost in zip(data.n, data.failures, strict=True)]
+    if report is not None:  # its joint rows are among the finest pairs, and were pairs of the levels between too
+        joint = report.data.n[-1] + report.data.failures[-1]
+        pairs[1:-1] = [rows + joint for rows in pairs[1:-1]]
+    cost = campaign_cost(costs, pair_costs, runs=data.runs, pairs=pairs)
+    tested = test_runs if target.stack is not None else 0  # those of a data set are there already
     return {"n": data.n, "runs": data.runs, "failures": data.failures, "seconds": data.seconds, "cost": cost,
-            "high_only_n": math.floor(cost / costs[-1])}
+            "high_only_n": math.floor(cost / costs[-1]), "test_runs": tested, "test_cost": tested * costs[-1]}
 
 
 def _trained(history: Any) -> dict[str, Any]:

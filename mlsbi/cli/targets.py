@@ -33,6 +33,7 @@ class Target:
     stack: LevelStack | None
     default_n: tuple[int, ...] | None
     default_tests: int
+    most_tests: int | None
     density: Any
     reference: Reference | None
     x_axis: Sequence[float] | None
@@ -57,15 +58,16 @@ def find_target(name: str, options: dict[str, Any]) -> Target:
         stack = load_stack(name)
         return Target(
             name=name, title="Own stack.", citation="", prior=stack.prior, level_names=stack.names,
-            level_costs=stack.costs, stack=stack, default_n=None, default_tests=0, density="nsf", reference=None,
-            x_axis=None, x_label="output", simulate_data=None,
+            level_costs=stack.costs, stack=stack, default_n=None, default_tests=0, most_tests=None,
+            density="nsf", reference=None, x_axis=None, x_label="output", simulate_data=None,
             test=lambda n, seed: simulate_level(stack, -1, n, seed=seed, stream=TEST_STREAM),
         )
     task = tasks.get(name, **options)
     return Target(
         name=name, title=task.title, citation=task.citation, prior=task.prior, level_names=task.level_names,
         level_costs=task.level_costs, stack=task.stack, default_n=task.budgets[-1],
-        default_tests=min(task.test_rows, 400), density=task.density, reference=task.reference, x_axis=task.x_axis,
+        default_tests=min(task.test_rows, 400), most_tests=task.test_rows if task.stack is None else None,
+        density=task.density, reference=task.reference, x_axis=task.x_axis,
         x_label=task.x_names[0] if task.x_names else "output",
         simulate_data=task.simulate if task.stack is None else None, test=task.test,
     )

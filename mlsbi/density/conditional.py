@@ -45,19 +45,22 @@ class ConditionalDensity(nn.Module):
             raise ValueError(f"Expected the embedding to return vectors (n, k); two rows gave {tuple(vector.shape)}.")
         self.density = builder(input_scaler.mean.numel(), vector.shape[1])
 
-    def standardise(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """What `standard_log_prob` reads: computed once before a training loop."""
-        return self.input_scaler(input), self.condition_scaler(condition)
-
     def standard_log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Log density of standardised rows, in standardised units, shape `(n,)`."""
+        """Log density of rows standardised beforehand, in standardised units, shape `(n,)`."""
         return self.density.log_prob(input, self.embedding(condition))
+
+    def embed(self, condition: Tensor) -> Tensor:
+        """What the density reads of conditions `(B, ...)`, shape `(B, k)`; compute it once for many inputs."""
+        return self.embedding(self.condition_scaler(condition))
+
+    def log_prob_embedded(self, input: Tensor, embedded: Tensor) -> Tensor:
+        """Log density of `input` (n, dim) given embedded conditions `(n, k)`, shape `(n,)`."""
+        return self.density.log_prob(self.input_scaler(input), embedded) - self.input_scaler.log_scale
 
     def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given `condition` (n, ...), shape `(n,)`."""
-        return self.standard_log_prob(*self.standardise(input, condition)) - self.input_scaler.log_scale
+        return self.log_prob_embedded(input, self.embed(condition))
 
     def sample(self, n: int, condition: Tensor) -> Tensor:
         """Draws `(n, B, dim)` given `condition` (B, ...), from torch's global random state."""
-        drawn = self.density.sample(n, self.embedding(self.condition_scaler(condition)))
-        return self.input_scaler.inverse(drawn)
+        return self.input_scaler.inverse(self.density.sample(n, self.embed(condition)))

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 __all__ = ["Standardiser"]
 
+_CHUNK = 8192  # rows; bounds the memory that float64 copies take
+
 
 class Standardiser(nn.Module):
     r"""Shifts and scales features by fixed numbers, kept as buffers.
 
     It is fitted once, on rows of all levels together: a standardiser per level would break the telescoping sum.
+    Shift and scale are float64 and rows come out as float32, so that a large offset costs no digits.
 
     Args:
         mean: Shift, the shape of one row.
@@ -30,29 +33,36 @@ class Standardiser(nn.Module):
 
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", scale)
+        self.register_buffer("mean", mean.double())
+        self.register_buffer("scale", scale.double())
 
     @classmethod
     def fit(cls, rows: Sequence[Tensor]) -> Standardiser:
         """Mean and standard deviation of all rows together; a constant feature keeps scale 1."""
         total = sum(len(part) for part in rows)
-        mean = sum(part.double().sum(0) for part in rows) / total
-        variance = sum((part.double() - mean).square().sum(0) for part in rows) / total
-        scale = torch.as_tensor(variance).sqrt()
-        # Below rounding error of the mean, differences are noise, not signal.
-        constant = scale <= 1e-6 * torch.as_tensor(mean).abs() + 1e-30
-        return cls(torch.as_tensor(mean).float(), torch.where(constant, 1.0, scale).float())
+        mean = torch.zeros(rows[0].shape[1:], dtype=torch.float64)
+        for part in rows:
+            for chunk in part.split(_CHUNK):
+                mean += chunk.double().sum(0) / total
+        variance = torch.zeros_like(mean)
+        for part in rows:
+            for chunk in part.split(_CHUNK):
+                variance += (chunk.double() - mean).square().sum(0) / total
+        scale = variance.sqrt()
+        # Below the rounding error of the rows, differences are noise, not signal.
+        rounding = 8 * max(torch.finfo(part.dtype).eps for part in rows)
+        return cls(mean, torch.where(scale <= rounding * mean.abs() + 1e-30, 1.0, scale))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Standardised rows, `(n, ...)`."""
-        return (rows - self.mean) / self.scale
+        """Standardised rows, `(n, ...)`, float32."""
+        shift, scale = self.mean.to(rows.dtype), self.scale.to(rows.dtype)
+        return (rows - shift).div_(scale).float()
 
     def inverse(self, rows: Tensor) -> Tensor:
         """Rows in their own units, `(..., D)`."""
-        return rows * self.scale + self.mean
+        return rows * self.scale.to(rows.dtype) + self.mean.to(rows.dtype)
 
     @property
     def log_scale(self) -> Tensor:
         """Log-determinant of `inverse`, a scalar."""
-        return self.scale.log().sum()
+        return self.scale.log().sum().float()

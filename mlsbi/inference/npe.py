@@ -20,7 +20,7 @@ from mlsbi.density.standardise import Standardiser
 from mlsbi.inference.posteriors import DirectPosterior
 from mlsbi.inference.saving import prior_from_config, prior_to_config, write_model
 from mlsbi.priors import check_prior
-from mlsbi.randomness import seeded
+from mlsbi.randomness import check_device, check_seed, seeded
 from mlsbi.strategies.fitting import fit_ensemble, posterior_problem
 from mlsbi.strategies.registry import Strategy, resolve_strategy, strategy_from_config, strategy_to_config
 from mlsbi.training.loop import History, TrainingOptions
@@ -35,13 +35,14 @@ class NPE:
         prior: Distribution of theta; the density lives in unbounded space, so it never leaves the support.
         strategy: A strategy, or one of `"multilevel"`, `"high"`, `"low"`.
         density: A density name or builder, such as `NSF(transforms=3)`.
-        embedding: Network from standardised x `(n, ...)` to vectors `(n, k)`, trained with the density.
+        embedding: Network from standardised x `(n, ...)` to vectors `(n, k)`. A copy is trained with the density;
+            freeze parameters to keep them.
         training: How networks are trained.
         device: Where they are trained and evaluated.
         seed: Seed of initialisation, held-out rows, batches and dropout.
 
     Raises:
-        ValueError: If a name is unknown or the prior has no usable support.
+        ValueError: If a name or the device is unknown, or the prior has no usable support.
 
     References:
         | Multilevel neural simulation-based inference (Hikida et al., 2025)
@@ -73,8 +74,8 @@ class NPE:
         self.builder = resolve_builder(density)
         self.embedding = embedding
         self.training = training if training is not None else TrainingOptions()
-        self.device = torch.device(device)
-        self.seed = seed
+        self.device = check_device(device)
+        self.seed = check_seed(seed)
         self._strategy_config: dict[str, Any] = {}
         self.networks: tuple[ConditionalDensity, ...] = ()
         self.histories: tuple[History, ...] = ()
@@ -94,6 +95,9 @@ class NPE:
         Raises:
             ValueError: If the data does not fit the prior or is too small to hold rows out.
         """
+        if not isinstance(data, MultilevelData):
+            raise TypeError(f"Expected MultilevelData, as simulate() gives; got {type(data).__name__}. Wrap arrays by "
+                            "MultilevelData.from_arrays([(theta, x), (theta, fine, coarse)]).")
         if ensemble < 1:
             raise ValueError(f"Expected ensemble >= 1; got {ensemble}.")
         if self.strategy is None:
@@ -121,7 +125,7 @@ class NPE:
 
     def to(self, device: str | torch.device) -> NPE:
         """Moves the networks to a device; returns the estimator."""
-        self.device = torch.device(device)
+        self.device = check_device(device)
         for network in self.networks:
             network.to(self.device)
         return self
@@ -138,6 +142,7 @@ class NPE:
             "training": asdict(self.training),
             "seed": self.seed,
             "x_shape": list(self.networks[0].condition_scaler.mean.shape),
+            "parameters": self.prior.event_shape[0],
             "dim": self.networks[0].input_scaler.mean.numel(),
             "members": len(self.networks),
             "histories": [asdict(history) for history in self.histories],
@@ -168,7 +173,7 @@ class NPE:
             raise ValueError("The model was saved with an embedding; pass it again: load(folder, embedding=...).")
         builder = density if density is not None else builder_from_config(config["density"])
         npe = cls(
-            prior_from_config(config["prior"], prior), density=builder, embedding=embedding,
+            prior_from_config(config["prior"], prior, dim=config["parameters"]), density=builder, embedding=embedding,
             training=TrainingOptions(**config["training"]), device=device, seed=config["seed"],
         )
         npe._strategy_config = dict(config["strategy"])

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DirectPosterior"]
 
-_CHUNK = 1 << 16  # rows evaluated at once
+_CHUNK = 1 << 16  # parameter rows evaluated at once
+_EMBED_CHUNK = 1024  # observations embedded at once
 
 
 class DirectPosterior:
@@ -39,8 +40,11 @@ class DirectPosterior:
         self.prior = prior
         self._unbounded = Unbounded(prior)
         self._x_shape = tuple(self.networks[0].condition_scaler.mean.shape)
-        self._device = self.networks[0].condition_scaler.mean.device
         self.x: Tensor | None = None if x is None else self._one(x)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.networks[0].condition_scaler.mean.device
 
     def set_default_x(self, x: Any) -> DirectPosterior:
         """Sets the observation that calls without `x` use; returns the posterior."""
@@ -98,13 +102,24 @@ class DirectPosterior:
         inside = in_support(self.prior, flat)
         result = torch.full((len(flat),), -torch.inf)
         rows = inside.nonzero()[:, 0]
+        embedded = self._embed(batch)
         for chunk in rows.split(_CHUNK) if len(rows) else ():
-            result[chunk] = self._log_prob_rows(flat[chunk], batch[chunk.to(batch.device) % len(batch)])
+            result[chunk] = self._log_prob_rows(flat[chunk], embedded, chunk % len(batch))
         return result.reshape(points.shape[:2])
 
-    def _log_prob_rows(self, theta: Tensor, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor) -> list[Tensor]:
+        """What each network reads of the observations, computed once however many theta follow."""
+        parts = [[network.embed(chunk) for chunk in x.split(_EMBED_CHUNK)] for network in self.networks]
+        return [torch.cat(part) for part in parts]
+
+    def _log_prob_rows(self, theta: Tensor, embedded: Sequence[Tensor], at: Tensor) -> Tensor:
+        """Mixture log density of theta `(n, D)`, each given the observation that `at` (n,) names."""
         z = self._unbounded.to(theta)
-        members = torch.stack([network.log_prob(z.to(x), x) for network in self.networks])
+        index = at.to(self._device)
+        members = torch.stack([
+            network.log_prob_embedded(z.to(seen), seen[index])
+            for network, seen in zip(self.networks, embedded, strict=True)
+        ])
         mixture = members.logsumexp(0) - np.log(len(self.networks))
         return mixture.cpu() - self._unbounded.log_abs_det(z, theta)
 
@@ -123,10 +138,12 @@ class DirectPosterior:
         start = theta[best]
         z = self._unbounded.to(start).clone().requires_grad_()
         optimiser = torch.optim.Adam([z], lr=0.02)
-        rows = batch.expand(len(z), *batch.shape[1:])
+        with torch.no_grad():
+            embedded = self._embed(batch)
+        at = torch.zeros(len(z), dtype=torch.long)
         for _ in range(steps):
-            optimiser.zero_grad()
-            (-self._log_prob_rows(self._unbounded.back(z), rows).sum()).backward()
+            value = self._log_prob_rows(self._unbounded.back(z), embedded, at).sum()
+            z.grad = -torch.autograd.grad(value, z)[0]
             optimiser.step()
         # An ascent that ran off, on a ridge or to an edge, loses to where it began.
         candidates = torch.cat([start, self._unbounded.back(z.detach())])
@@ -146,7 +163,7 @@ class DirectPosterior:
         return self._one(x)
 
     def _one(self, x: Any) -> Tensor:
-        tensor = torch.as_tensor(x, dtype=torch.get_default_dtype())
+        tensor = _real(x)
         if tuple(tensor.shape) == self._x_shape:
             tensor = tensor[None]
         if tuple(tensor.shape) != (1, *self._x_shape):
@@ -155,7 +172,7 @@ class DirectPosterior:
         return self._many(tensor)
 
     def _many(self, x: Any) -> Tensor:
-        tensor = torch.as_tensor(x, dtype=torch.get_default_dtype())
+        tensor = _real(x)
         if tuple(tensor.shape[1:]) != self._x_shape or tensor.ndim == 0 or len(tensor) == 0:
             raise ValueError(f"Expected observations of shape (B, {', '.join(map(str, self._x_shape))}); got "
                              f"{tuple(tensor.shape)}.")
@@ -168,7 +185,15 @@ class DirectPosterior:
         return f"DirectPosterior({', '.join(parameter_names(self.prior))}; {len(self.networks)} networks; {given})"
 
 
+def _real(x: Any) -> Tensor:
+    """A tensor of floats; float64 is kept, for the standardiser to centre."""
+    tensor = torch.as_tensor(x)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
 def _length(sample_shape: Sequence[int]) -> int:
+    if isinstance(sample_shape, (int, np.integer)):
+        raise TypeError(f"Expected sample_shape as a tuple; write sample(({sample_shape},)).")
     shape = tuple(sample_shape)
     if len(shape) != 1 or shape[0] < 1:
         raise ValueError(f"Expected sample_shape (n,) with n >= 1; got {shape}.")

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Distribution
 
-from mlsbi.priors import BoxPrior
+from mlsbi.priors import BoxPrior, check_prior
 
 __all__ = ["prior_from_config", "prior_to_config", "read_model", "write_model"]
 
@@ -25,12 +26,20 @@ def write_model(folder: str | os.PathLike[str], config: Mapping[str, Any], tenso
     """Writes a model folder; the configuration comes last, so a folder that has it is whole."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": _FORMAT, **config}, indent=1, default=_plain)
     (target / _CONFIG).unlink(missing_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, target / _TENSORS)
     partial = target / (_CONFIG + ".partial")
-    partial.write_text(json.dumps({"format": _FORMAT, **config}, indent=1))
+    partial.write_text(text)
     os.replace(partial, target / _CONFIG)
     return target
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as numbers of Python."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be saved in a model's configuration.")
 
 
 def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -64,13 +73,16 @@ def prior_to_config(prior: Distribution) -> dict[str, Any] | None:
     return None
 
 
-def prior_from_config(config: Mapping[str, Any] | None, prior: Distribution | None) -> Distribution:
+def prior_from_config(config: Mapping[str, Any] | None, prior: Distribution | None, *, dim: int) -> Distribution:
     """The prior passed by the user, else the saved one.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is neither, or it is not over `dim` parameters.
     """
     if prior is not None:
+        check_prior(prior)
+        if prior.event_shape[0] != dim:
+            raise ValueError(f"Expected a prior over {dim} parameters, as the saved one; got {prior.event_shape[0]}.")
         return prior
     if config is None:
         raise ValueError("The model was saved with a prior that is not a BoxPrior; pass it again: load(folder, "

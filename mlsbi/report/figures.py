@@ -65,13 +65,13 @@ def draw_figures(folder: Path) -> list[Path]:
 
 def _posterior(folder: Path, results: dict[str, Any], box: dict[str, Any] | None) -> Any:
     samples = pd.read_csv(folder / "posterior_samples.csv").to_numpy()
-    exact = folder / "reference_samples.csv"
+    named = results["files"].get("reference")
     return plots.pairs(
         samples,
         names=results["posterior"]["names"],
         truth=results["posterior"]["truth"],
         low=None if box is None else box["low"],
         high=None if box is None else box["high"],
-        reference=pd.read_csv(exact).to_numpy() if exact.is_file() else None,
-        labels=["this posterior", "exact posterior"] if exact.is_file() else None,
+        reference=pd.read_csv(folder / named).to_numpy() if named else None,
+        labels=["this posterior", "exact posterior"] if named else None,
     )

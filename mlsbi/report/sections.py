@@ -156,6 +156,9 @@ def spent(results: Record) -> str:
             f"All simulations cost {number(cost)} {_unit(results)}." if cost is not None else "",
             f"The same would buy {number(math.floor(alone))} runs of the finest level alone."
             if alone is not None and math.isfinite(alone) and len(names) > 1 else "",
+            f"{number(record['test_runs'])} further runs of the finest level, at a cost of "
+            f"{number(_number(record['test_cost']))} {_unit(results)}, served to test the posterior; no budget counts "
+            "them." if record.get("test_runs") else "",
             f"{lost} rows were left out because an output was not finite." if lost else "",
         ),
         table(header, [list(row) for row in zip(*columns, strict=True)],

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mlsbi.levels import LevelStack, map_noise
 from mlsbi.priors import sample_prior
-from mlsbi.randomness import child_seed
+from mlsbi.randomness import check_seed, child_seed
 
-__all__ = ["BLOCK", "JOINT_STREAM", "TEST_STREAM", "draw_rows"]
+__all__ = ["BLOCK", "JOINT_STREAM", "TEST_STREAM", "RowSource"]
 
 BLOCK = 1024
 """Rows drawn together."""
@@ -28,15 +28,50 @@ TEST_STREAM = 1 << 17
 """Random stream of test rows. Streams 0, 1, ... are the levels' own."""
 
 
-def draw_rows(stack: LevelStack, start: int, stop: int, *, seed: int, stream: int) -> tuple[Tensor, Any]:
-    """Draws theta `(stop - start, D)` and the noise of rows `start:stop` of one stream."""
-    thetas, noises = [], []
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        rows = slice(max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK))
-        thetas.append(sample_prior(stack.prior, BLOCK, seed=child_seed(seed, stream, block, 0))[rows])
-        generator = torch.Generator().manual_seed(child_seed(seed, stream, block, 1))
-        noises.append(map_noise(partial(_take, rows), stack.draw_noise(BLOCK, generator)))
-    return torch.cat(thetas), _join(noises)
+class RowSource:
+    """Theta and noise of one random stream, in any order of rows; the last block drawn is kept.
+
+    Args:
+        stack: Prior and noise.
+        seed: Seed of everything random.
+        stream: Which stream.
+    """
+
+    def __init__(self, stack: LevelStack, *, seed: int, stream: int) -> None:
+        self.stack, self.seed, self.stream = stack, check_seed(seed), stream
+        self._kept: tuple[int, Tensor, Any] | None = None
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Theta `(stop - start, D)` and the noise of rows `start:stop`."""
+        thetas, noises = [], []
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            rows = slice(max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK))
+            theta, noise = self._block(block)
+            thetas.append(theta[rows])
+            noises.append(map_noise(partial(_take, rows), noise))
+        return torch.cat(thetas), _join(noises)
+
+    def check_noise(self) -> None:
+        """Raises a `ValueError` unless the same generator state gives the same noise."""
+        state = child_seed(self.seed, self.stream)
+        first, again = (self.stack.draw_noise(2, torch.Generator().manual_seed(state)) for _ in range(2))
+        pairs = zip(_leaves(first), _leaves(again), strict=True)
+        if not all(torch.equal(one, other) for one, other in pairs):
+            raise ValueError("Expected noise(n, generator) to draw from its generator alone; the same generator state "
+                             "gave two different draws. Pass generator=generator to every random function in it.")
+
+    def _block(self, block: int) -> tuple[Tensor, Any]:
+        if self._kept is None or self._kept[0] != block:
+            theta = sample_prior(self.stack.prior, BLOCK, seed=child_seed(self.seed, self.stream, block, 0))
+            generator = torch.Generator().manual_seed(child_seed(self.seed, self.stream, block, 1))
+            self._kept = block, theta, self.stack.draw_noise(BLOCK, generator)
+        return self._kept[1:]
+
+
+def _leaves(noise: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_noise(found.append, noise)
+    return found
 
 
 def _take(rows: slice, tensor: Tensor) -> Tensor:
@@ -46,7 +81,7 @@ def _take(rows: slice, tensor: Tensor) -> Tensor:
 def _join(noises: list[Any]) -> Any:
     first = noises[0]
     if len(noises) == 1:
-        return first
+        return map_noise(torch.clone, first)  # the block is kept; a simulator gets its own rows
     if isinstance(first, dict):
         return {key: torch.cat([noise[key] for noise in noises]) for key in first}
     if isinstance(first, tuple):

@@ -39,11 +39,9 @@ class Problem:
     def network(self, builder: DensityBuilder, embedding: nn.Module | None, *, seed: int) -> ConditionalDensity:
         """A fresh network with these scalers, initialised from a seed."""
         with seeded(seed):
-            if embedding is not None:
-                embedding = _fresh_copy(embedding)
             # Every network owns its scalers: it may move to a device, and is saved by itself.
             scalers = copy.deepcopy(self.input_scaler), copy.deepcopy(self.condition_scaler)
-            return ConditionalDensity(builder, *scalers, embedding)
+            return ConditionalDensity(builder, *scalers, copy.deepcopy(embedding))
 
 
 def posterior_problem(data: MultilevelData, prior: Distribution) -> Problem:
@@ -60,15 +58,15 @@ def posterior_problem(data: MultilevelData, prior: Distribution) -> Problem:
     inputs: list[Tensor] = []
     for name, level in zip(data.names, data.levels, strict=True):
         check_theta(prior, level.theta, where=f"level '{name}' of the data")
-        inputs.append(unbounded.to(level.theta).float())
+        inputs.append(unbounded.to(level.theta))
     input_scaler = Standardiser.fit(inputs)
     condition_scaler = Standardiser.fit([level.fine for level in data.levels])
 
     def standard(x: Tensor | None) -> Tensor | None:
-        return None if x is None else condition_scaler(x.float())
+        return None if x is None else condition_scaler(x)
 
     terms = tuple(
-        Term(input_scaler(z), condition_scaler(level.fine.float()), standard(level.coarse))
+        Term(input_scaler(z), condition_scaler(level.fine), standard(level.coarse))
         for z, level in zip(inputs, data.levels, strict=True)
     )
     return Problem(terms, input_scaler, condition_scaler)
@@ -93,7 +91,8 @@ def fit_ensemble(
         builder: Builds the density.
         strategy: Which rows and which objective.
         members: Networks to train.
-        embedding: Network from standardised conditions to vectors; each member gets its own copy, re-initialised.
+        embedding: Network from standardised conditions to vectors. Every member trains a copy: the first as given, the
+            others re-initialised where no parameter is frozen.
         options: How each is trained.
         device: Where.
         seed: Seed of initialisation, splits, batches and dropout.
@@ -102,7 +101,10 @@ def fit_ensemble(
     rows = strategy.terms(problem.terms)
     networks, histories = [], []
     for member in range(members):
-        network = problem.network(builder, embedding, seed=child_seed(seed, 0, member)).to(device)
+        network = problem.network(builder, embedding, seed=child_seed(seed, 0, member))
+        if member and embedding is not None:
+            _reset(network.embedding, seed=child_seed(seed, 3, member))
+        network.to(device)
         if options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(seed, 1))  # one permutation for all members
             train, held = split_terms(rows, options.validation_fraction, generator, member=member, members=members)
@@ -111,15 +113,15 @@ def fit_ensemble(
         label = "training" if members == 1 else f"training {member + 1}/{members}"
         histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, 2, member),
                                       progress=progress, label=label))
+        del train, held  # copies of the rows; the next member makes its own
         networks.append(network)
     return networks, histories
 
 
-def _fresh_copy(module: nn.Module) -> nn.Module:
-    """A copy whose parts that can reset themselves start from new values."""
-    fresh = copy.deepcopy(module)
-    for part in fresh.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return fresh
+def _reset(module: nn.Module, *, seed: int) -> None:
+    """Starts the parts of a module that can reset themselves from new values, frozen ones excepted."""
+    with seeded(seed):
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset) and all(parameter.requires_grad for parameter in part.parameters()):
+                reset()

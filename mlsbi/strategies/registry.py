@@ -3,7 +3,7 @@ r"""Names of strategies."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
 
 from mlsbi.density.conditional import ConditionalDensity
@@ -68,7 +68,8 @@ def resolve_strategy(strategy: str | Strategy) -> Strategy:
 
 def strategy_to_config(strategy: Strategy) -> dict[str, Any]:
     """JSON description of a strategy."""
-    return {"name": type(strategy).__name__, "options": asdict(strategy)}  # type: ignore[call-overload]
+    options: dict[str, Any] = asdict(strategy) if is_dataclass(strategy) and not isinstance(strategy, type) else {}
+    return {"name": type(strategy).__name__, "options": options}
 
 
 def strategy_from_config(config: Mapping[str, Any]) -> Strategy | None:

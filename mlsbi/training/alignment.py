@@ -59,13 +59,14 @@ def align_terms(train: Sequence[Term], held_out: Sequence[Term]) -> tuple[list[T
     for level in range(len(train) - 1, 0, -1):
         # Fine outputs of this level are in the finest level's place already.
         fine, coarse = aligned[0][level].fine, train[level].coarse
-        assert coarse is not None  # noqa: S101
+        if coarse is None:
+            raise ValueError(f"Expected pairs at level {level}; its coarse outputs are missing.")
         own = train[level - 1].fine
         slope, shift = fit_affine(coarse, fine, own.var(0, correction=0))
         for terms in aligned:
             if terms:
                 upper, lower = terms[level], terms[level - 1]
-                assert upper.coarse is not None  # noqa: S101
-                terms[level] = replace(upper, coarse=shift + slope * upper.coarse)
+                mapped = None if upper.coarse is None else shift + slope * upper.coarse
+                terms[level] = replace(upper, coarse=mapped)
                 terms[level - 1] = replace(lower, fine=shift + slope * lower.fine)
     return aligned[0], aligned[1]

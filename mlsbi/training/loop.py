@@ -23,10 +23,14 @@ from mlsbi.training.weights import LaggedWeights
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "Objective", "TrainingOptions", "minimise"]
+__all__ = ["History", "Objective", "TrainingError", "TrainingOptions", "minimise"]
 
 _SMALLEST_BATCH = 64  # rows of a term in a step, where it has them: fewer make the correction's gradient noise
 _GRADIENT_EVERY = 20  # epochs between records of the terms' gradients, where the step does not need them
+
+
+class TrainingError(RuntimeError):
+    """Training gave no network that could be used."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class TrainingOptions:
 
     Args:
         learning_rate: Adam's step size.
-        batch_size: Rows of all terms in a step; every row in every step when `None`.
+        batch_size: Rows of all terms in a step, about: a term gives its share, at least 64 rows where it has them.
+            Every row in every step when `None`.
         epochs: Most passes over the rows.
         patience: Epochs without a better held-out loss before training stops.
         validation_fraction: Share of each term's rows held out, pairs kept together; 0 trains all epochs on all rows
@@ -60,6 +65,9 @@ class TrainingOptions:
             raise ValueError(f"Expected learning_rate > 0, clip > 0 and weight_decay >= 0; got {self}.")
         if self.epochs < 1 or self.patience < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(f"Expected epochs, patience and batch_size of at least 1; got {self}.")
+        counts = (self.epochs, self.patience, self.batch_size or 1)
+        if any(int(number) != number for number in counts):
+            raise ValueError(f"Expected whole numbers of epochs, patience and batch_size; got {self}.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"Expected 0 <= validation_fraction < 1; got {self.validation_fraction}.")
 
@@ -69,8 +77,8 @@ class Objective:
     r"""Which weighted telescoping sum is descended, and how its gradient is adjusted.
 
     Args:
-        weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from losses of earlier epochs), or
-            fixed a_0 .. a_{L-1}.
+        weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from losses of held-out rows in
+            earlier epochs), or fixed a_0 .. a_{L-1}.
         rescale: Whether each coarse gradient gets the length of its fine twin.
         project: Whether conflicting gradients of level 0 and of the correction are projected.
     """
@@ -134,7 +142,7 @@ def minimise(
 
     Raises:
         ValueError: If the weights do not fit the terms, or cannot be estimated because a term has one row.
-        RuntimeError: If the loss is not finite before training, or training diverges at once.
+        TrainingError: If the loss is not finite before training, or training diverges at once.
     """
     device = next(network.parameters()).device
     with seeded(seed, device):
@@ -165,12 +173,20 @@ class _Trainer:
         self.lagged = LaggedWeights([len(term) for term in train]) if objective.weights == "estimated" else None
         self.by_halves = objective.rescale or objective.project
         # One pass over all halves would give the halves of a pair different masks.
-        self.paired = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in network.modules())
+        self.paired = self._draws_masks()
         total = sum(len(term) for term in train)
         self.full = batch_terms(self.terms) if options.batch_size is None or options.batch_size >= total else None
         self.history = History(
             n_train=tuple(len(term) for term in train), n_validation=tuple(len(term) for term in validation)
         )
+
+    @torch.no_grad()
+    def _draws_masks(self) -> bool:
+        """Whether two passes over the same rows in train mode differ."""
+        self.network.train()
+        few = self.terms[-1].rows(torch.arange(min(len(self.terms[-1]), 16), device=self.terms[-1].input.device))
+        first, again = (self.network.standard_log_prob(few.input, few.fine) for _ in range(2))
+        return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(again))
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -184,7 +200,7 @@ class _Trainer:
         best: dict[str, Tensor] | None = None
         history = self.history
         if not math.isfinite(self._score(batch_terms(self.terms))):
-            raise RuntimeError("The loss is not finite before training has begun. Check x for extreme values.")
+            raise TrainingError("The loss is not finite before training has begun. Check x for extreme values.")
         for epoch in epochs:
             record = self._train_epoch(epoch)
             record["validation_loss"] = self._score(self.validation) if self.validation is not None else math.nan
@@ -206,7 +222,7 @@ class _Trainer:
             history.stopped = f"all {self.options.epochs} epochs done"
         epochs.close()
         if not math.isfinite(history.best_loss):
-            raise RuntimeError("Training diverged before there were any weights to keep. Lower the learning rate.")
+            raise TrainingError("Training diverged before there were any weights to keep. Lower the learning rate.")
         if best is not None:
             self.network.load_state_dict(best)
         self.network.eval()
@@ -267,13 +283,13 @@ class _Trainer:
     def _paired_losses(self, batch: Batch) -> Iterator[Any]:
         """One function per half; the coarse half runs from the random state of its fine twin, so masks agree."""
         state: Tensor | None = None
-        cuda = batch.input.is_cuda
+        device = batch.input.device
         for index, (input, condition) in enumerate(batch.halves()):
             if self.paired:
                 if index > 0 and index % 2 == 0 and state is not None:
-                    (torch.cuda if cuda else torch).set_rng_state(state)
+                    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
                 else:
-                    state = (torch.cuda if cuda else torch).get_rng_state()
+                    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
             yield lambda i=input, c=condition: -self.network.standard_log_prob(i, c)
 
     def _set_gradient(self, flat: Tensor) -> None:
@@ -295,7 +311,7 @@ class _Trainer:
         if self.full is not None:
             yield self.full
             return
-        assert self.options.batch_size is not None  # noqa: S101
+        assert self.options.batch_size is not None
         steps = math.ceil(sum(len(term) for term in self.terms) / self.options.batch_size)
         orders = [torch.randperm(len(term)).to(term.input.device) for term in self.terms]
         sizes = [min(len(term), max(math.ceil(len(term) / steps), _SMALLEST_BATCH)) for term in self.terms]
@@ -331,6 +347,7 @@ def _check(network: nn.Module, terms: Sequence[Term], objective: Objective) -> N
     if weights == "estimated" and min(len(term) for term in terms) < 2:
         raise ValueError(f"Expected at least 2 training rows a term to estimate weights; got "
                          f'{[len(term) for term in terms]}. Simulate more pairs, or use weights="unit".')
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if normed and len(terms) > 1:
         raise ValueError("Batch normalisation is not supported in a multilevel loss: the halves of a pair would be "
                          "normalised by different statistics. Use LayerNorm or GroupNorm.")

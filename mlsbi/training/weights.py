@@ -71,6 +71,8 @@ class LaggedWeights:
         if len(self.n) == 1:
             return
         losses = [half.detach().double().cpu() for half in halves]
+        if not all(bool(torch.isfinite(loss).all()) for loss in losses):
+            return  # such a step is recorded and ends the training; it tells nothing of the weights
         fine, coarse = [losses[0], *losses[1::2]], losses[2::2]  # coarse[l] are rows of level l, as fine[l]
         variances, slopes = [], []
         for level, twin in enumerate(coarse):

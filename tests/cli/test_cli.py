@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -88,6 +89,7 @@ def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
     arguments = ["--budget", "4000", "--pilot", "16", "--tests", "20", "--out", str(out), *QUICK]
     assert main(["run", "ou", "--option", "parameters=4", *arguments]) == 0
     results = json.loads((out / "results.json").read_text())
+    assert results["spent"]["cost"] == pytest.approx(results["plan"]["cost"])
     assert results["spent"]["cost"] <= 4000
     assert results["plan"]["n"] == results["spent"]["n"]
     assert results["pilot"]["n"] == 16
@@ -126,7 +128,34 @@ def test_an_own_stack_and_an_observation_from_a_file(tmp_path, capsys):
     assert results["posterior"]["truth"] is None
     assert results["posterior"]["observation"] == "file x.csv"
     assert "Do not trust" in capsys.readouterr().out
-    del sys.modules["mine"]
+    assert "mine" not in sys.modules
+
+
+def test_an_own_stack_on_several_processes_and_with_tests(tmp_path):
+    (tmp_path / "mine.py").write_text(STACK)
+    out = tmp_path / "out"
+    arguments = ["--n", "100,20", "--workers", "2", "--tests", "30", "--out", str(out), *QUICK]
+    assert main(["run", f"{tmp_path}/mine.py:stack", *arguments]) == 0
+    spent = json.loads((out / "results.json").read_text())["spent"]
+    assert (spent["test_runs"], spent["test_cost"]) == (30, 300)
+    assert "30 further runs of the finest level" in (out / "report.html").read_text()
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out)
+    (tmp_path / "mine.py").write_text(STACK)
+    assert main(["run", f"{tmp_path}/mine.py:stack", "--n", "50,10", "--overwrite", "--out", str(out), *QUICK]) == 0
+    assert not (out / "reference_samples.csv").exists()
+    assert not (out / "checks.npz").exists()
+    assert {path.stem for path in (out / "figures").glob("*.png")} == {"coupled", "losses", "posterior"}
+
+
+def test_more_tests_than_there_are_stop_before_training(camels_folder, tmp_path, capsys):
+    arguments = ["--data", str(camels_folder), "--n", "20,4", "--tests", "500", "--out", str(tmp_path / "out")]
+    assert main(["run", "camels", *arguments]) == 2
+    assert "--tests of at most 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_prints_and_draws(tmp_path, capsys):
@@ -149,7 +178,12 @@ def test_tasks_lists_all(capsys, monkeypatch):
     ("arguments", "match"),
     [
         (["run", "nothing"], "Expected a task"),
-        (["run", "ou", "--n", "10,0"], "at least one row per level"),
+        (["run", "ou", "--n", "10,1"], "at least 2 rows per level"),
+        (["run", "ou", "--budget", "nan"], "positive, finite budget"),
+        (["run", "ou", "--budget", "6530"], "does not reach beyond a pilot"),
+        (["plan", "ou", "--budget", "10"], "does not reach beyond a pilot"),
+        (["run", "ou", "--device", "nowhere"], "device that torch can use"),
+        (["run", "ou", "--seed", "-1"], "at least 0 as seed"),
         (["run", "ou", "--n", "10"], "one number per level"),
         (["run", "ou", "--budget", "100"], "does not reach beyond a pilot"),
         (["run", "ou", "--strategy", "best"], "Unknown strategy"),
@@ -181,7 +215,7 @@ def test_a_file_without_the_stack_says_what_it_has(tmp_path, capsys):
     (tmp_path / "other.py").write_text(STACK)
     assert main(["plan", f"{tmp_path}/other.py:number", "--budget", "10"]) == 2
     assert "it defines ['stack']" in capsys.readouterr().err
-    del sys.modules["other"]
+    assert "other" not in sys.modules
 
 
 def test_a_fixed_data_set_cannot_be_planned(camels_folder, capsys):

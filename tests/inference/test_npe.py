@@ -212,6 +212,55 @@ def test_members_own_their_embedding():
     assert not torch.equal(first, second)
 
 
+def test_a_given_embedding_is_where_training_starts():
+    frozen = Centre().requires_grad_(requires_grad=False)
+    npe = NPE(BOX, density=SMALL, embedding=frozen, training=QUICK, seed=1)
+    npe.fit(data_for(BOX), ensemble=2, progress=False)
+    for network in npe.networks:
+        assert torch.equal(network.embedding.linear.weight, frozen.linear.weight)
+
+
+def test_one_observation_is_embedded_once(monkeypatch):
+    npe = NPE(BOX, density=SMALL, embedding=Centre(), training=QUICK, seed=1).fit(data_for(BOX), progress=False)
+    rows = []
+    npe.networks[0].embedding.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    npe.posterior(torch.zeros(3)).log_prob(BOX.sample((5000,)))
+    assert rows == [1]
+
+
+def test_map_leaves_no_gradients(box_npe):
+    parameters = [parameter for network in box_npe.networks for parameter in network.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    box_npe.posterior(torch.zeros(3)).map()
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_a_large_offset_costs_no_digits():
+    days = 2_459_000.0
+    prior = BoxPrior([0.0], [1.0])
+    theta = torch.rand(200, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fits = []
+    for shift in (0.0, days):
+        data = mlsbi.MultilevelData.from_arrays([(theta, theta + shift)])
+        npe = NPE(prior, strategy="high", density=SMALL, training=QUICK, seed=1).fit(data, progress=False)
+        fits.append(npe.posterior(theta[0] + shift).log_prob(torch.tensor([[0.2], [0.6]])))
+    assert torch.allclose(*fits, atol=1e-3)  # float64 keeps 1e-10 of a day
+
+
+def test_numpy_numbers_are_saved(tmp_path):
+    options = TrainingOptions(epochs=np.int64(2))
+    npe = NPE(BOX, density=NSF(transforms=2, hidden=np.int64(8)), training=options, seed=np.int64(3))
+    npe.fit(data_for(BOX), progress=False).save(tmp_path)
+    assert mlsbi.load(tmp_path).seed == 3
+
+
+def test_a_prior_of_another_size_is_refused(tmp_path, box_npe):
+    box_npe.save(tmp_path)
+    with pytest.raises(ValueError, match="over 2 parameters"):
+        mlsbi.load(tmp_path, prior=BoxPrior([0.0], [1.0]))
+
+
 def test_newer_and_damaged_models_are_refused(tmp_path, box_npe):
     folder = box_npe.save(tmp_path / "npe")
     config = json.loads((folder / "model.json").read_text())
@@ -253,6 +302,14 @@ def test_bad_calls(box_npe):
     posterior = box_npe.posterior()
     with pytest.raises(ValueError, match="No observation"):
         posterior.sample((3,))
+    with pytest.raises(TypeError, match=r"sample\(\(100,\)\)"):
+        posterior.sample(100, torch.zeros(3))
+    with pytest.raises(TypeError, match="from_arrays"):
+        NPE(BOX).fit((torch.zeros(3, 2), torch.zeros(3, 3)))
+    with pytest.raises(ValueError, match="at least 0 as seed"):
+        NPE(BOX, seed=-1)
+    with pytest.raises(ValueError, match="device that torch can use"):
+        NPE(BOX, device="nowhere")
     with pytest.raises(ValueError, match=r"\(n,\) with n >= 1"):
         posterior.sample((3, 3), torch.zeros(3))
     with pytest.raises(ValueError, match=r"theta of shape \(n, 4, 2\)"):

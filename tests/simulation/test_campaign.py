@@ -6,7 +6,7 @@ import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, simulate
 from mlsbi.simulation.campaign import simulate_joint, simulate_level
-from mlsbi.simulation.seeding import BLOCK, TEST_STREAM, draw_rows
+from mlsbi.simulation.seeding import BLOCK, TEST_STREAM, RowSource
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0])
 
@@ -33,6 +33,10 @@ def equal(one: MultilevelData, other: MultilevelData) -> bool:
         and (a.coarse is None) == (b.coarse is None) and (a.coarse is None or torch.equal(a.coarse, b.coarse))
         for a, b in zip(one, other, strict=True)
     )
+
+
+def draw_rows(stack, start, stop, *, seed, stream):
+    return RowSource(stack, seed=seed, stream=stream).rows(start, stop)
 
 
 def run(stack=None, n=(3000, 50), **options):
@@ -164,9 +168,46 @@ def unseeded(theta, noise):
     return theta[:, :1] + torch.randn(len(theta), 3)
 
 
+def of_the_batch(theta, noise):
+    return low(theta, noise) - noise["u"].mean(0)
+
+
+def reseeding(theta, noise):
+    generator = torch.Generator().manual_seed(0)
+    return theta[:, :1] + torch.randn(len(theta), 3, generator=generator)
+
+
+def unseeded_noise(n, generator):
+    return {"u": torch.randn(n, 3), "v": torch.rand(n, generator=generator)}
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=str)
+def test_changes_in_place_are_found_where_they_happen(options):
+    with pytest.raises(ValueError, match="level 'low' changed theta or noise in place"):
+        run(make(low=changing), **options)
+
+
+def test_blocks_are_drawn_once():
+    drawn = []
+
+    def counted(n, generator):
+        drawn.append(n)
+        return noise(n, generator)
+
+    run(make(noise=counted), n=(100, 20), batch_size=1)
+    assert drawn.count(BLOCK) == 2
+
+
 @pytest.mark.parametrize(
     ("stack", "options", "match"),
     [
+        (make(low=of_the_batch), {}, "let no row depend on another"),
+        (make(low=reseeding), {}, "'low' is not deterministic"),
+        (make(noise=unseeded_noise), {}, "draw from its generator alone"),
+        (make(low=lambda t, u: torch.complex(low(t, u), low(t, u))), {}, "complex"),
+        (make(), {"seed": -1}, "at least 0 as seed"),
+        (make(), {"seed": None}, "at least 0 as seed"),
+        (make(), {"n": 20.0}, "a whole number or one per level"),
         (make(low=lambda t, u: low(t, u)[:1]), {}, "level 'low' to return 2 rows"),
         (make(high=lambda t, u: high(t, u)[:, :2]), {}, r"one shape, \(3,\); level 'high' returned \(2,\)"),
         (make(low=lambda t, u: t[:, 0], high=lambda t, u: t[:, 0]), {}, r"x\[:, None\]"),

@@ -115,6 +115,19 @@ def test_identical_halves_cancel_exactly_under_dropout():
     assert not torch.equal(halves[1], halves[2])
 
 
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_dropout_is_found_however_it_is_written():
+    terms = make_terms()
+    for embedding, paired in ((None, False), (FunctionalDropout(), True), (nn.Dropout(0.0), False)):
+        network = make_network(embedding=embedding)
+        with torch.random.fork_rng():
+            assert _Trainer(network, terms, [], Objective(), QUICK, torch.device("cpu")).paired is paired
+
+
 def test_adjusted_and_plain_steps_agree_when_nothing_is_adjusted():
     """The gradient assembled from the halves is that of the telescope."""
     terms = make_terms()
@@ -224,8 +237,10 @@ def test_bad_objectives(objective, terms, match):
 
 
 def test_batch_normalisation_is_refused():
+    embedding = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="Batch normalisation"):
-        fit(network=make_network(embedding=nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
+        fit(network=make_network(embedding=embedding))
+    fit(network=make_network(embedding=embedding), terms=make_terms(n=(200,)))  # one level has no pairs
 
 
 @pytest.mark.parametrize(
