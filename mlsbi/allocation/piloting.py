@@ -231,8 +231,7 @@ def _cross_fit(
 
         def loss(theta: Tensor, x: Tensor, network: Any = network) -> np.ndarray[Any, Any]:
             with torch.no_grad():
-                z = unbounded.to(theta).float().to(device)
-                return -network.log_prob(z, x.float().to(device)).double().cpu().numpy()
+                return -network.log_prob(unbounded.to(theta).to(device), x.to(device)).double().cpu().numpy()
 
         chosen = fold_of(joint.theta) == fold
         for level, x in enumerate(joint.outputs):
@@ -254,8 +253,8 @@ def _fold_terms(
         for theta, x in sources:
             row = torch.arange(len(theta))
             chosen = (row % _FOLDS != fold) & ((row // _FOLDS % 4 == 0) == held)
-            inputs.append(problem.input_scaler(unbounded.to(theta[chosen]).float()))
-            outputs.append(problem.condition_scaler(x[chosen].float()))
+            inputs.append(problem.input_scaler(unbounded.to(theta[chosen])))
+            outputs.append(problem.condition_scaler(x[chosen]))
         return Term(torch.cat(inputs), torch.cat(outputs))
 
     return pool(held=False), pool(held=True)

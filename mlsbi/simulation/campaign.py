@@ -208,10 +208,21 @@ class _Term:
     done: int = 0
     runs: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    chunks: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # start row -> theta, outputs
+    rows: tuple[Tensor, list[Tensor], Tensor] | None = None  # theta, outputs, whether finite: n rows, filled batch-wise
 
     def __post_init__(self) -> None:
         self.runs, self.seconds = [0] * len(self.levels), [0.0] * len(self.levels)
+
+    def put(self, start: int, theta: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Writes a batch in its place: joining batches later would take twice the memory."""
+        if self.rows is None:
+            places = [torch.empty(self.n, *output.shape[1:], dtype=output.dtype) for output in outputs]
+            self.rows = torch.empty(self.n, *theta.shape[1:], dtype=theta.dtype), places, torch.ones(self.n).bool()
+        at = slice(start, start + len(theta))
+        self.rows[0][at] = theta
+        for place, output in zip(self.rows[1], outputs, strict=True):
+            place[at] = output
+            self.rows[2][at] &= torch.isfinite(output).flatten(1).all(1)
 
 
 @dataclass
@@ -235,6 +246,7 @@ class _Runner:
             RowSource(self.stack, seed=self.seed, stream=term.stream).check_noise()
         theta, noise = self._draw(term, 0, rows)
         self._take(term, 0, theta, self._submit(term.levels, theta, noise, guard=True))
+        first = term.rows[1] if term.rows is not None else []
         replayed = range(len(term.levels))[replay]
         for row in reversed(range(rows)) if replayed else ():
             # One row at a time and backwards: what depends on the rest of a batch, or on calls before, shows too.
@@ -243,7 +255,7 @@ class _Runner:
             for index, output, took in zip(replayed, again, seconds, strict=True):
                 term.runs[index] += 1
                 term.seconds[index] += took
-                _check_replay(term.levels[index], term.chunks[0][1][index][row : row + 1], output)
+                _check_replay(term.levels[index], first[index][row : row + 1], output)
         term.done = rows
 
     def finish(self, term: _Term) -> None:
@@ -263,18 +275,13 @@ class _Runner:
                 batch = self._next_batch(batch, seconds)
 
     def collect(self, term: _Term) -> JointRows | None:
-        """Joins a term's batches in row order and leaves out rows with an output that is not finite."""
-        if term.n <= 0:
+        """A term's rows, without those that have an output that is not finite."""
+        if term.rows is None:
             return None
-        ordered = [term.chunks.pop(start) for start in sorted(term.chunks)]
-        theta = torch.cat([chunk[0] for chunk in ordered])
-        outputs = [torch.cat([chunk[1][i] for chunk in ordered]) for i in range(len(term.levels))]
-        keep = torch.ones(len(theta), dtype=torch.bool)
-        for output in outputs:
-            keep &= torch.isfinite(output.reshape(len(theta), -1)).all(1)
-        left_out = int((~keep).sum())
+        theta, outputs, finite = term.rows
+        left_out = int((~finite).sum())
         if left_out:
-            theta, outputs = theta[keep], [output[keep] for output in outputs]
+            theta, outputs = theta[finite], [output[finite] for output in outputs]
         return JointRows(theta, tuple(outputs), left_out, tuple(term.runs), tuple(term.seconds))
 
     def _draw(self, term: _Term, start: int, stop: int) -> tuple[Tensor, Any]:
@@ -305,7 +312,7 @@ class _Runner:
                                  f"'{level.name}' returned {tuple(output.shape[1:])}. Map its output to the others'.")
             term.runs[index] += len(theta)
             term.seconds[index] += seconds[index]
-        term.chunks[start] = (theta, outputs)
+        term.put(start, theta, outputs)
         self.bar.set_postfix_str(term.levels[-1].name, refresh=False)
         self.bar.update(len(theta))
         return sum(seconds)

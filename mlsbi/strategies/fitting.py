@@ -24,10 +24,10 @@ __all__ = ["Problem", "fit_ensemble", "posterior_problem"]
 
 @dataclass(frozen=True)
 class Problem:
-    r"""Standardised rows of every term, and the scalers that standardised them.
+    r"""Rows of every term in their own units, and the scalers that standardise them.
 
     Args:
-        terms: Rows of each level's term.
+        terms: Rows of each level's term, theta in unbounded space.
         input_scaler: Standardiser of what the density is of.
         condition_scaler: Standardiser of what it is conditioned on.
     """
@@ -35,6 +35,12 @@ class Problem:
     terms: tuple[Term, ...]
     input_scaler: Standardiser
     condition_scaler: Standardiser
+
+    def standardise(self, term: Term) -> Term:
+        """A term's rows as networks read them."""
+        coarse = None if term.coarse is None else self.condition_scaler(term.coarse)
+        coarse_input = None if term.coarse_input is None else self.input_scaler(term.coarse_input)
+        return Term(self.input_scaler(term.input), self.condition_scaler(term.fine), coarse, coarse_input)
 
     def network(self, builder: DensityBuilder, embedding: nn.Module | None, *, seed: int) -> ConditionalDensity:
         """A fresh network with these scalers, initialised from a seed."""
@@ -61,14 +67,7 @@ def posterior_problem(data: MultilevelData, prior: Distribution) -> Problem:
         inputs.append(unbounded.to(level.theta))
     input_scaler = Standardiser.fit(inputs)
     condition_scaler = Standardiser.fit([level.fine for level in data.levels])
-
-    def standard(x: Tensor | None) -> Tensor | None:
-        return None if x is None else condition_scaler(x)
-
-    terms = tuple(
-        Term(input_scaler(z), condition_scaler(level.fine), standard(level.coarse))
-        for z, level in zip(inputs, data.levels, strict=True)
-    )
+    terms = tuple(Term(z, level.fine, level.coarse) for z, level in zip(inputs, data.levels, strict=True))
     return Problem(terms, input_scaler, condition_scaler)
 
 
@@ -87,7 +86,7 @@ def fit_ensemble(
     r"""Trains networks that differ in initialisation and in the rows held out.
 
     Args:
-        problem: Standardised rows and scalers.
+        problem: Rows and their scalers.
         builder: Builds the density.
         strategy: Which rows and which objective.
         members: Networks to train.
@@ -107,9 +106,12 @@ def fit_ensemble(
         network.to(device)
         if options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(seed, 1))  # one permutation for all members
-            train, held = split_terms(rows, options.validation_fraction, generator, member=member, members=members)
+            kept, held_out = split_terms(rows, options.validation_fraction, generator, member=member, members=members)
         else:
-            train, held = list(rows), []
+            kept, held_out = list(rows), []
+        # Standardised one by one, so that large data is not there twice over.
+        train = [problem.standardise(kept.pop(0)) for _ in range(len(kept))]
+        held = [problem.standardise(held_out.pop(0)) for _ in range(len(held_out))]
         label = "training" if members == 1 else f"training {member + 1}/{members}"
         histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, 2, member),
                                       progress=progress, label=label))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from mlsbi.training.objective import Term
@@ -66,7 +67,7 @@ def align_terms(train: Sequence[Term], held_out: Sequence[Term]) -> tuple[list[T
         for terms in aligned:
             if terms:
                 upper, lower = terms[level], terms[level - 1]
-                mapped = None if upper.coarse is None else shift + slope * upper.coarse
+                mapped = None if upper.coarse is None else torch.addcmul(shift, slope, upper.coarse)
                 terms[level] = replace(upper, coarse=mapped)
-                terms[level - 1] = replace(lower, fine=shift + slope * lower.fine)
+                terms[level - 1] = replace(lower, fine=torch.addcmul(shift, slope, lower.fine))
     return aligned[0], aligned[1]

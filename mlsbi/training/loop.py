@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["History", "Objective", "TrainingError", "TrainingOptions", "minimise"]
 
 _SMALLEST_BATCH = 64  # rows of a term in a step, where it has them: fewer make the correction's gradient noise
+_FIRST_ROWS = 1024  # rows of a term scored before training, to see whether x can be used at all
 _GRADIENT_EVERY = 20  # epochs between records of the terms' gradients, where the step does not need them
 
 
@@ -199,7 +200,8 @@ class _Trainer:
         start = time.perf_counter()
         best: dict[str, Tensor] | None = None
         history = self.history
-        if not math.isfinite(self._score(batch_terms(self.terms))):
+        few = [term.rows(torch.arange(min(len(term), _FIRST_ROWS), device=term.input.device)) for term in self.terms]
+        if not math.isfinite(self._score(batch_terms(few))):
             raise TrainingError("The loss is not finite before training has begun. Check x for extreme values.")
         for epoch in epochs:
             record = self._train_epoch(epoch)
