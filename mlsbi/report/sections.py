@@ -38,6 +38,8 @@ _CAPTIONS = {
     "losses": "Training over epochs. The blue curve is the loss on rows that were held out, the dot marks the weights "
     "that were kept. Where the training loss goes on falling while the held-out loss rises, the network over-fits: "
     "that is why the weights at the dot are used and not the last ones.",
+    "posterior of one": "The density of the parameter, with the prior as a dotted line. Where the true value is known "
+    "it is drawn in red, where a reference posterior is known it is drawn in dashed black.",
     "posterior": "Diagonal: the density of each parameter, with the prior as a dotted line. Below it: regions that "
     "hold 50% and 90% of the probability of two parameters. Where the true values are known they are drawn in red, "
     "where a reference posterior is known it is drawn in dashed black.",
@@ -214,7 +216,7 @@ def posterior(results: Record, figures: Path) -> str:
         paragraph(f"Observation: {record['observation']}." if record.get("observation") else "", tightest),
         table(["parameter", *(name for name, _ in shown)], rows, "Percentages are quantiles of the posterior."),
         paragraph("" if record.get("truth") is not None else "The true parameters of this observation are not known."),
-        _figure(figures, "posterior"),
+        figure(figures / "posterior.png", _CAPTIONS["posterior of one" if len(rows) == 1 else "posterior"]),
     )
 
 
@@ -290,8 +292,12 @@ def _sbc_table(sbc: Record | None, names: Sequence[str]) -> str:
     if not sbc or not sbc.get("p"):
         return ""
     return table(["parameter", *names], [["p of uniform ranks", *(_rounded(p, 2) for p in sbc["p"])]],
-                 f"Simulation-based calibration. With {len(names)} such tests, only p below "
-                 f"{number(ALARM / len(names), 2)} speaks against it.")
+                 f"Simulation-based calibration. {_together(len(names))} p below {number(ALARM / len(names), 2)} "
+                 "speaks against it.")
+
+
+def _together(tests: int) -> str:
+    return "Only" if tests == 1 else f"With {tests} such tests, only"
 
 
 def _tightest(record: Record) -> str:
