@@ -85,6 +85,11 @@ def _knots(unnormalised: Tensor, tail_bound: float) -> Tensor:
 class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
     """The nflows coupling transform with the spline above, for vectors `(n, D)` and linear tails."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        order = torch.cat([self.identity_features, self.transform_features]).argsort()
+        self.register_buffer("order", order, persistent=False)
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs `(n, D)` and log-determinants `(n,)`."""
         return self._couple(inputs, context, inverse=False)
@@ -101,8 +106,7 @@ class SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
         moved, log_slope = rational_quadratic_spline(
             moved, widths / root, heights / root, slopes, tail_bound=self.tail_bound, inverse=inverse
         )
-        order = torch.cat([self.identity_features, self.transform_features]).argsort()
-        return torch.cat([kept, moved], dim=1)[:, order], log_slope.sum(-1)
+        return torch.cat([kept, moved], dim=1)[:, self.order], log_slope.sum(-1)
 
 
 class SolvedLULinear(LULinear):

@@ -59,7 +59,7 @@ def test_training_lowers_the_held_out_loss():
 @pytest.mark.parametrize("objective", [Objective(), Objective(rescale=True, project=True), Objective("estimated")])
 def test_the_best_weights_are_really_restored(objective):
     # A step size that overshoots: the last weights are worse than the best ones.
-    options = TrainingOptions(epochs=40, patience=15, learning_rate=0.05, batch_size=None)
+    options = TrainingOptions(epochs=300, patience=15, learning_rate=0.05, batch_size=None)
     network, history, held = fit(objective, options)
     assert 0 < history.best_epoch < len(history.epochs) - 1
     values = history.to_frame()["validation_loss"]
