@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -43,3 +44,48 @@ def test_make_targets_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make (\w+)", README)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def result(name):
+    return json.loads((ROOT / f"experiments/results/{name}.json").read_text())
+
+
+def row_of(start):
+    return next(line for line in README.splitlines() if line.startswith(f"| {start}")).strip("| ").split(" | ")
+
+
+@pytest.mark.parametrize("strategy", ["multilevel", "high", "low"])
+def test_camels_numbers_are_the_measured_ones(strategy):
+    measured = result("camels_strategies")
+    score, found = measured["nlpd"][strategy], measured["coverage_90"][strategy]["mean"]
+    expected = [f"{score['mean']:.3f}", f"{score['standard_error']:.3f}", f"{score['median']:.3f}", f"{found:.0%}"]
+    assert row_of(f"`{strategy}`")[1:] == expected
+
+
+def test_the_claim_about_camels_is_the_measured_one():
+    measured = result("camels_strategies")
+    difference = measured["paired_differences"]["multilevel - high"]
+    assert f"{-difference['mean']:.3f} +- {difference['standard_error']:.3f}" in README
+    assert -difference["mean"] > 2 * difference["standard_error"]
+    assert measured["nlpd"]["multilevel"]["mean"] < measured["prior_nlpd"]
+    alarms = sum(cell["uniformity_p"] < 0.01 for cell in measured["cells"]["multilevel"])
+    assert f"in {alarms} of {len(measured['seeds'])} seeds" in README
+
+
+def test_speeds_are_the_measured_ones():
+    ratios = {name: f"{row['ratio']:.2f}" for name, row in result("bench_basics")["ratios"].items()}
+    assert row_of("`from mlsbi import NPE`")[1] == ratios["from mlsbi import NPE"]
+    assert row_of("a training step")[1] == ratios["unit weights, n = 1000 + 100"]
+    assert row_of("the same with rescaled")[1] == ratios["rescale and project, n = 1000 + 100"]
+    assert row_of("the two steps")[1].split(", ") == [
+        ratios["unit weights, n = 10000 + 1000"], ratios["rescale and project, n = 10000 + 1000"]]
+    assert row_of("`simulate` of 100 000")[1] == ratios["simulate 100 000 rows of ou"]
+    assert row_of("peak memory")[1] == ratios["memory with large outputs"]
+
+
+def test_results_say_where_they_come_from():
+    for path in (ROOT / "experiments/results").glob("*.json"):
+        origin = json.loads(path.read_text())["provenance"]
+        assert len(origin["commit"]) == 40
+        assert origin["uncommitted"] == []
+        assert set(origin["versions"]) >= {"mlsbi", "torch", "numpy", "python"}

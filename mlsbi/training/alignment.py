@@ -2,7 +2,8 @@ r"""Affine maps that bring the outputs of cheap levels closer to the finest one.
 
 Any fixed map of a level's output defines another valid lower level: as long as both halves that contain the level are
 mapped alike, the sum still telescopes to the finest level. A map that follows the fine output raises the correlation
-within pairs, and spares the network from telling the levels apart.
+within pairs, and spares the network from telling the levels apart. The maps here are fitted on the training pairs that
+they then map, which biases the correction by a term that falls with the number of pairs.
 """
 
 from __future__ import annotations

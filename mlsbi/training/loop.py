@@ -79,7 +79,7 @@ class Objective:
 
     Args:
         weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from losses of held-out rows in
-            earlier epochs), or fixed a_0 .. a_{L-1}.
+            earlier epochs; each epoch is then scored under weights of its own), or fixed a_0 .. a_{L-1}.
         rescale: Whether each coarse gradient gets the length of its fine twin.
         project: Whether conflicting gradients of level 0 and of the correction are projected.
     """
