@@ -112,7 +112,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         say(f"checking on {len(test_rows[0])} test simulations")
         checks, arrays = check_posterior(posterior, *test_rows, draws=_CHECK_DRAWS, seed=child_seed(request.seed, 3),
                                          reference=target.reference)
-        np.savez(out / "checks.npz", allow_pickle=False, **arrays)
+        np.savez(out / "checks.npz", hpd_levels=arrays["hpd_levels"], ranks=arrays["ranks"], log_q=arrays["log_q"])
     results = {
         "format": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
