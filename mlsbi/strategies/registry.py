@@ -12,7 +12,7 @@ from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.training.loop import History, TrainingOptions
 from mlsbi.training.objective import Term
 
-__all__ = ["Strategy", "resolve_strategy", "strategy_from_config", "strategy_names", "strategy_to_config"]
+__all__ = ["Strategy", "resolve_strategy", "strategy_from_config", "strategy_to_config"]
 
 
 class Strategy(Protocol):
@@ -42,11 +42,6 @@ _STRATEGIES: dict[str, Strategy] = {
     "high": SingleLevel(-1),
     "low": SingleLevel(0),
 }
-
-
-def strategy_names() -> tuple[str, ...]:
-    """Names that `resolve_strategy` knows."""
-    return tuple(_STRATEGIES)
 
 
 def resolve_strategy(strategy: str | Strategy) -> Strategy:
