@@ -59,7 +59,10 @@ def importing(repetitions: int) -> dict[str, Any]:
 
 
 def training_step(repetitions: int, n: tuple[int, int]) -> dict[str, Any]:
-    """A step of the engine against plain forward and backward passes, one per term, of the same rows and network."""
+    """A step of the engine against plain passes of the same rows and network.
+
+    The plain step is one forward and backward pass per term, gradient clipping and torch's AdamW with its defaults.
+    """
     problem = posterior_problem(tasks.get("ou").simulate(n, 0), tasks.get("ou").prior)
     found = {}
     for name, objective in (

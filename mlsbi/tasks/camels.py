@@ -81,7 +81,7 @@ def build(
         test=splits.test,
         budgets=(splits.budget,),
         test_rows=splits.test_rows,
-        density=NSF(transforms=3, hidden=16, blocks=1, bins=3),  # 600 rows feed no larger one
+        density=NSF(transforms=3, hidden=16, blocks=1, bins=3),  # small, as its training rows are few
         x_names=("k [h/Mpc]",),
         x_axis=tuple(catalogue.k.tolist()),
         citation="Villaescusa-Navarro et al., The CAMELS project, ApJ 915 (2021) and ApJS 265 (2023); spectra as "
