@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlsbi.density.flows import DensityBuilder
+from mlsbi.density.registry import DensityBuilder
 from mlsbi.density.standardise import Standardiser
 
 __all__ = ["ConditionalDensity"]
@@ -39,11 +39,11 @@ class ConditionalDensity(nn.Module):
         self.input_scaler = input_scaler
         self.condition_scaler = condition_scaler
         self.embedding: nn.Module = embedding if embedding is not None else nn.Flatten()
-        with torch.no_grad():
-            vector = self.embedding(torch.zeros(2, *condition_scaler.mean.shape))
-        if vector.ndim != 2 or len(vector) != 2:
-            raise ValueError(f"Expected the embedding to return vectors (n, k); two rows gave {tuple(vector.shape)}.")
-        self.density = builder(input_scaler.mean.numel(), vector.shape[1])
+        self.density = builder(input_scaler.mean.numel(), _embedded_length(self.embedding, condition_scaler.mean.shape))
+
+    def shared_axes(self, *, of_outputs: bool) -> tuple[int, ...]:
+        """Axes of one simulator output along which its features are scaled alike; outputs are inputs or conditions."""
+        return self.input_scaler.shared if of_outputs else self.condition_scaler.shared
 
     def standard_log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of rows standardised beforehand, in standardised units, shape `(n,)`."""
@@ -55,7 +55,7 @@ class ConditionalDensity(nn.Module):
 
     def log_prob_embedded(self, input: Tensor, embedded: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given embedded conditions `(n, k)`, shape `(n,)`."""
-        return self.density.log_prob(self.input_scaler(input), embedded) - self.input_scaler.log_scale
+        return self.density.log_prob(self.input_scaler(input), embedded) + self.input_scaler.log_abs_det(input)
 
     def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given `condition` (n, ...), shape `(n,)`."""
@@ -64,3 +64,14 @@ class ConditionalDensity(nn.Module):
     def sample(self, n: int, condition: Tensor) -> Tensor:
         """Draws `(n, B, dim)` given `condition` (B, ...), from torch's global random state."""
         return self.input_scaler.inverse(self.density.sample(n, self.embed(condition)))
+
+
+@torch.no_grad()
+def _embedded_length(embedding: nn.Module, shape: torch.Size) -> int:
+    """Length of an embedding's vectors, the same for two rows and for three."""
+    device = next((parameter.device for parameter in embedding.parameters()), None)
+    found = [tuple(embedding(torch.zeros(rows, *shape, device=device)).shape) for rows in (2, 3)]
+    if any(len(got) != 2 for got in found) or [got[0] for got in found] != [2, 3] or found[0][1] != found[1][1]:
+        raise ValueError(f"Expected the embedding to return vectors (n, k), k the same for every n; 2 and 3 rows of "
+                         f"shape {tuple(shape)} gave {found[0]} and {found[1]}.")
+    return int(found[0][1])
