@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LevelData", "MultilevelData", "spread"]
+__all__ = ["LevelData", "MultilevelData", "count_runs", "spread"]
 
 _FORMAT = 1
 
@@ -97,7 +97,7 @@ class MultilevelData:
             levels=tuple(parsed),
             names=tuple(names) if names is not None else tuple(f"level {i}" for i in range(len(n))),
             failures=(0,) * len(n),
-            runs=tuple(n[i] + (n[i + 1] if i + 1 < len(n) else 0) for i in range(len(n))),
+            runs=count_runs(n),
         )
         data.check()
         return data
@@ -210,6 +210,16 @@ class MultilevelData:
         rows = ", ".join(f"{name}: {n}" for name, n in zip(self.names, self.n, strict=True))
         lost = f", {sum(self.failures)} pairs left out" if any(self.failures) else ""
         return f"MultilevelData({rows}; x {tuple(self.levels[0].fine.shape[1:])}{lost})"
+
+
+def count_runs(n: Sequence[int]) -> tuple[int, ...]:
+    """Simulator runs of each level behind n rows per level: a row above level 0 is a run of two levels.
+
+    Example:
+        >>> count_runs([1000, 100, 10])
+        (1100, 110, 10)
+    """
+    return tuple(own + above for own, above in zip(n, (*n[1:], 0), strict=True))
 
 
 def spread(value: int | Sequence[int], length: int, *, what: str) -> list[int]:

@@ -98,6 +98,10 @@ class Unbounded:
         z: Tensor = self._map.inv(theta)
         return z.clamp(-_FLOAT32_LOGIT, _FLOAT32_LOGIT) if self._is_box else z
 
+    def features(self, theta: Tensor) -> Tensor:
+        """What a network reads of parameters `(..., D)`: themselves inside a box, unbounded coordinates elsewhere."""
+        return theta if self._is_box else self.to(theta)
+
     @property
     def _is_box(self) -> bool:
         support: Any = self.prior.support

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlsbi.data import count_runs
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.training.alignment import align_terms
 from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
@@ -49,6 +50,10 @@ class Multilevel:
         """The rows this strategy trains on."""
         return list(terms)
 
+    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
+        """Runs of each level whose outputs are trained on, of data with n rows per level: all."""
+        return count_runs(n)
+
     def fit(
         self,
         network: ConditionalDensity,
@@ -62,7 +67,8 @@ class Multilevel:
     ) -> History:
         """Trains the network in place; see `minimise`."""
         if self.align:
-            train, validation = align_terms(train, validation)
+            shared = network.shared_axes(of_outputs=train[0].of_outputs)
+            train, validation = align_terms(train, validation, shared=shared)
         objective = Objective(weights=self.weights, rescale=self.rescale, project=self.project)
         return minimise(network, train, validation, objective=objective, options=options, seed=seed,
                         progress=progress, label=label)

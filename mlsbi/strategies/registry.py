@@ -9,17 +9,22 @@ from typing import Any, Protocol
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.single_level import SingleLevel
+from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.training.loop import History, TrainingOptions
 from mlsbi.training.objective import Term
 
-__all__ = ["Strategy", "resolve_strategy", "strategy_from_config", "strategy_to_config"]
+__all__ = ["Strategy", "resolve_strategy", "strategy_names", "strategy_from_config", "strategy_to_config"]
 
 
 class Strategy(Protocol):
-    """A way to train one network on coupled rows: a frozen dataclass with two methods."""
+    """A way to train one network on coupled rows: a frozen dataclass with three methods."""
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows to train on, out of those of all levels; they are split before `fit`."""
+        ...
+
+    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
+        """Runs of each level whose outputs `fit` reads, of data with n rows per level: what its quality cost."""
         ...
 
     def fit(
@@ -39,9 +44,15 @@ class Strategy(Protocol):
 
 _STRATEGIES: dict[str, Strategy] = {
     "multilevel": Multilevel(),
+    "transfer": TransferLearning(),
     "high": SingleLevel(-1),
     "low": SingleLevel(0),
 }
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Names that `strategy=` takes."""
+    return tuple(_STRATEGIES)
 
 
 def resolve_strategy(strategy: str | Strategy) -> Strategy:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from mlsbi.data import count_runs
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
-from mlsbi.training.objective import Term
+from mlsbi.training.objective import Term, pool_level
 
 __all__ = ["SingleLevel"]
 
@@ -32,14 +31,12 @@ class SingleLevel:
         """
         if not -len(terms) <= self.level < len(terms):
             raise ValueError(f"Expected a level between {-len(terms)} and {len(terms) - 1}; got {self.level}.")
-        level = range(len(terms))[self.level]
-        own = terms[level]
-        inputs, outputs = [own.input], [own.fine]
-        above = terms[level + 1] if level + 1 < len(terms) else None
-        if above is not None and above.coarse is not None:
-            inputs.append(above.input if above.coarse_input is None else above.coarse_input)
-            outputs.append(above.coarse)
-        return [Term(torch.cat(inputs), torch.cat(outputs))]
+        return [pool_level(terms, range(len(terms))[self.level])]
+
+    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
+        """Runs of each level whose outputs are trained on, of data with n rows per level."""
+        level = range(len(n))[self.level]
+        return tuple(pooled if index == level else 0 for index, pooled in enumerate(count_runs(n)))
 
     def fit(
         self,

@@ -23,7 +23,7 @@ from mlsbi.training.weights import LaggedWeights
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "Objective", "TrainingError", "TrainingOptions", "minimise"]
+__all__ = ["History", "Objective", "TrainingError", "TrainingOptions", "join_histories", "minimise"]
 
 _SMALLEST_BATCH = 64  # rows of a term in a step, where it has them: fewer make the correction's gradient noise
 _FIRST_ROWS = 1024  # rows of a term scored before training, to see whether x can be used at all
@@ -41,7 +41,8 @@ class TrainingOptions:
     Args:
         learning_rate: Adam's step size.
         batch_size: Rows of all terms in a step, about: a term gives its share, at least 64 rows where it has them.
-            Every row in every step when `None`.
+            Every row in every step when `None`. `"auto"` is a quarter of the rows, at least 256 and at most 2048:
+            where cheap rows are many, small batches would show the few pairs far more often than them.
         epochs: Most passes over the rows.
         patience: Epochs without a better held-out loss before training stops.
         validation_fraction: Share of each term's rows held out, pairs kept together; 0 trains all epochs on all rows
@@ -54,7 +55,7 @@ class TrainingOptions:
     """
 
     learning_rate: float = 5e-4
-    batch_size: int | None = 256
+    batch_size: int | Literal["auto"] | None = "auto"
     epochs: int = 1000
     patience: int = 30
     validation_fraction: float = 0.2
@@ -64,9 +65,12 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and self.clip > 0 and self.weight_decay >= 0):
             raise ValueError(f"Expected learning_rate > 0, clip > 0 and weight_decay >= 0; got {self}.")
-        if self.epochs < 1 or self.patience < 1 or (self.batch_size is not None and self.batch_size < 1):
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f'Expected a number, "auto" or None as batch_size; got {self.batch_size!r}.')
+        rows = self.batch_size if isinstance(self.batch_size, (int, float)) else 1
+        if self.epochs < 1 or self.patience < 1 or rows < 1:
             raise ValueError(f"Expected epochs, patience and batch_size of at least 1; got {self}.")
-        counts = (self.epochs, self.patience, self.batch_size or 1)
+        counts = (self.epochs, self.patience, rows)
         if any(int(number) != number for number in counts):
             raise ValueError(f"Expected whole numbers of epochs, patience and batch_size; got {self}.")
         if not 0 <= self.validation_fraction < 1:
@@ -94,7 +98,8 @@ class History:
     r"""What happened in one training.
 
     Args:
-        epochs: One record per epoch: losses, loss of each half, weights, gradient norms, cosine, projected share.
+        epochs: One record per epoch: losses, loss of each half, weights, gradient norms, cosine, projected share; in
+            transfer learning its stage.
         best_epoch: Epoch whose weights were kept.
         best_loss: Held-out loss of that epoch; the training loss without held-out rows.
         stopped: Why training ended.
@@ -116,6 +121,23 @@ class History:
         import pandas as pd  # takes a quarter as long to import as torch, and training does not need it
 
         return pd.DataFrame(self.epochs)
+
+
+def join_histories(stages: Sequence[History]) -> History:
+    """The history of trainings in a row, each of one term, with the number of its stage in every record.
+
+    The kept epoch and its loss are the last stage's.
+    """
+    before = sum(len(stage.epochs) for stage in stages[:-1])
+    return History(
+        epochs=[{**record, "stage": float(index)} for index, stage in enumerate(stages) for record in stage.epochs],
+        best_epoch=before + stages[-1].best_epoch,
+        best_loss=stages[-1].best_loss,
+        stopped="; then ".join(stage.stopped for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+        n_train=tuple(n for stage in stages for n in stage.n_train),
+        n_validation=tuple(n for stage in stages for n in stage.n_validation),
+    )
 
 
 def minimise(
@@ -177,7 +199,8 @@ class _Trainer:
         # One pass over all halves would give the halves of a pair different masks.
         self.paired = self._draws_masks()
         total = sum(len(term) for term in train)
-        self.full = batch_terms(self.terms) if options.batch_size is None or options.batch_size >= total else None
+        self.batch_size = _batch_size(options.batch_size, total)
+        self.full = batch_terms(self.terms) if self.batch_size >= total else None
         self.history = History(
             n_train=tuple(len(term) for term in train), n_validation=tuple(len(term) for term in validation)
         )
@@ -315,8 +338,7 @@ class _Trainer:
         if self.full is not None:
             yield self.full
             return
-        assert self.options.batch_size is not None
-        steps = math.ceil(sum(len(term) for term in self.terms) / self.options.batch_size)
+        steps = math.ceil(sum(len(term) for term in self.terms) / self.batch_size)
         orders = [torch.randperm(len(term)).to(term.input.device) for term in self.terms]
         sizes = [min(len(term), max(math.ceil(len(term) / steps), _SMALLEST_BATCH)) for term in self.terms]
         for step in range(steps):
@@ -325,6 +347,12 @@ class _Trainer:
                 at = torch.arange(step * size, (step + 1) * size, device=order.device) % len(term)
                 rows.append(term.rows(order[at]))
             yield batch_terms(rows)
+
+
+def _batch_size(asked: int | str | None, total: int) -> int:
+    if asked is None:
+        return total
+    return asked if isinstance(asked, int) else min(max(math.ceil(total / 4), 256), 2048)
 
 
 def _record(means: Tensor, weights: Sequence[float], combined: Sequence[Combined]) -> dict[str, float]:

@@ -7,13 +7,13 @@ is unbiased for every choice of weights fixed in advance. `a = 1` is the publish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Term", "batch_terms", "split_terms", "telescope"]
+__all__ = ["Batch", "Term", "batch_terms", "pool_level", "split_terms", "telescope"]
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,41 @@ class Term:
         fine: Condition of the fine half, shape `(n, ...)`.
         coarse: Condition of the coarse half; `None` in the first term.
         coarse_input: Input of the coarse half where it differs (a likelihood); `input` when left out.
+        of_outputs: Whether the density is of the simulator's outputs (a likelihood) instead of theta.
     """
 
     input: Tensor
     fine: Tensor
     coarse: Tensor | None = None
     coarse_input: Tensor | None = None
+    of_outputs: bool = False
 
     def __len__(self) -> int:
         return len(self.input)
 
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor | None]:
+        """The simulator's outputs, fine and coarse."""
+        return (self.input, self.coarse_input) if self.of_outputs else (self.fine, self.coarse)
+
+    def with_outputs(self, fine: Tensor, coarse: Tensor | None) -> Term:
+        """The same rows with other outputs."""
+        if self.of_outputs:
+            return replace(self, input=fine, coarse_input=coarse)
+        return replace(self, fine=fine, coarse=coarse)
+
     def rows(self, index: Tensor) -> Term:
         """The rows that `index` picks, still aligned."""
-        coarse = None if self.coarse is None else self.coarse[index]
-        coarse_input = None if self.coarse_input is None else self.coarse_input[index]
-        return Term(self.input[index], self.fine[index], coarse, coarse_input)
+        return self._map(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> Term:
         """The same rows on a device."""
-        parts = (self.input, self.fine, self.coarse, self.coarse_input)
-        return Term(*(part if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Term:
+        coarse = None if self.coarse is None else change(self.coarse)
+        coarse_input = None if self.coarse_input is None else change(self.coarse_input)
+        return replace(self, input=change(self.input), fine=change(self.fine), coarse=coarse, coarse_input=coarse_input)
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,17 @@ class Batch:
     def halves(self) -> list[tuple[Tensor, Tensor]]:
         """`(input, condition)` of each half."""
         return list(zip(self.input.split(self.sizes), self.condition.split(self.sizes), strict=True))
+
+
+def pool_level(terms: Sequence[Term], level: int) -> Term:
+    """Every output of one level as a plain term: its own rows, then the coarse halves of the pairs above."""
+    own = terms[level]
+    inputs, conditions = [own.input], [own.fine]
+    above = terms[level + 1] if level + 1 < len(terms) else None
+    if above is not None and above.coarse is not None:
+        inputs.append(above.input if above.coarse_input is None else above.coarse_input)
+        conditions.append(above.coarse)
+    return Term(torch.cat(inputs), torch.cat(conditions), of_outputs=own.of_outputs)
 
 
 def batch_terms(terms: Sequence[Term]) -> Batch:

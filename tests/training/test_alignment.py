@@ -74,3 +74,26 @@ def test_few_or_constant_pairs_give_finite_maps_between_the_identity_and_regress
     assert 1 - 1e-5 <= slope[0].item() <= 2 + 1e-5
     assert slope[1].item() == 1.0
     assert (shift + slope * coarse).mean(0).tolist() == pytest.approx((2 * coarse + 1).mean(0).tolist(), abs=1e-4)
+
+
+def test_likelihood_terms_are_aligned_in_their_inputs():
+    """Outputs are what a likelihood is the density of: the same maps, on the other side."""
+    terms = make_terms()
+    swapped = [Term(t.fine, t.input, None if t.coarse is None else t.input, t.coarse, of_outputs=True) for t in terms]
+    plain, _ = align_terms(terms, [])
+    train, _ = align_terms(swapped, [])
+    for one, other in zip(train, plain, strict=True):
+        assert torch.equal(one.input, other.fine)
+        assert one.coarse_input is other.coarse is None or torch.equal(one.coarse_input, other.coarse)
+        assert torch.equal(one.fine, other.input)
+
+
+def test_exchangeable_outputs_share_their_map():
+    g = torch.Generator().manual_seed(0)
+    fine = torch.randn(5, 400, generator=g)
+    terms = [Term(fine[:, :1], fine), Term(fine[:, :1], 2 * fine + 1, fine)]
+    (low, high), _ = align_terms(terms, [], shared=(0,))
+    assert low.fine.shape == high.coarse.shape == (5, 400)
+    assert torch.allclose(high.coarse, high.fine, atol=0.1)  # 2000 pairs of numbers, where 5 rows alone leave half
+    apart = align_terms(terms, [])[0][1]
+    assert (apart.coarse - apart.fine).abs().mean() > 0.3

@@ -1,0 +1,132 @@
+r"""Training on one level after the other, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from mlsbi.data import count_runs
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.randomness import child_seed
+from mlsbi.training.alignment import align_terms
+from mlsbi.training.loop import History, Objective, TrainingOptions, join_histories, minimise
+from mlsbi.training.objective import Term, pool_level
+
+__all__ = ["TransferLearning"]
+
+
+@dataclass(frozen=True)
+class TransferLearning:
+    r"""Transfer learning: train on the cheapest level until early stopping, go on from there on the next, and so on.
+
+    A stage trains on every output of its level, the coarse halves of the pairs above included. Pairs are held out
+    together, so that no stage trains on the twin of a row that a later one stops by. One standardiser serves all
+    stages. Parameters that a level ignores are prior draws in its rows, from which the network learns their prior.
+
+    Args:
+        learning_rate: Step size of each stage, one for all or one per stage; the training options' when left out.
+        patience: Patience of each stage, likewise.
+        freeze_embedding: Whether the embedding is kept as the cheapest level left it; only the density is tuned then.
+        fine_tune: Whether to train on the finest level at all; without, the network of the level below is used as is.
+        align: Whether outputs of cheap levels are mapped towards the finest by an affine map per output, fitted on
+            the pairs trained on, before the first stage.
+
+    Raises:
+        ValueError: If a learning rate or a patience is not positive.
+
+    References:
+        | Multifidelity simulation-based inference for computationally expensive simulators (Krouglova et al., 2025)
+        | https://arxiv.org/abs/2502.08416
+        | Transfer learning for multifidelity simulation-based inference in cosmology (Saoulis et al., 2025)
+        | https://arxiv.org/abs/2505.21215
+    """
+
+    learning_rate: float | tuple[float, ...] | None = None
+    patience: int | tuple[int, ...] | None = None
+    freeze_embedding: bool = False
+    fine_tune: bool = True
+    align: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                object.__setattr__(self, name, tuple(value))
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if any(one is not None and not one > 0 for one in values):
+                raise ValueError(f"Expected a positive {name}; got {value}.")
+
+    def terms(self, terms: Sequence[Term]) -> list[Term]:
+        """The rows this strategy trains on: all, pooled by level only after they are split.
+
+        Raises:
+            ValueError: If there is one level alone, or options do not fit the number of stages.
+        """
+        if len(terms) < 2:
+            raise ValueError("Expected data of at least 2 levels to transfer between; got 1. Use SingleLevel.")
+        stages = len(terms) if self.fine_tune else len(terms) - 1
+        for name in ("learning_rate", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != stages:
+                raise ValueError(f"Expected one {name} for all stages or {stages}, one per stage; got {value}.")
+        return list(terms)
+
+    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
+        """Runs of each level whose outputs are trained on, of data with n rows per level."""
+        pooled = count_runs(n)
+        return pooled if self.fine_tune or self.align else (*pooled[:-1], 0)
+
+    def fit(
+        self,
+        network: ConditionalDensity,
+        train: Sequence[Term],
+        validation: Sequence[Term],
+        *,
+        options: TrainingOptions,
+        seed: int,
+        progress: bool = True,
+        label: str = "training",
+    ) -> History:
+        """Trains the network in place, stage by stage; see `minimise`.
+
+        Raises:
+            ValueError: If the embedding is to be frozen and has nothing to freeze.
+        """
+        frozen = list(network.embedding.parameters()) if self.freeze_embedding else []
+        if self.freeze_embedding and not frozen:
+            raise ValueError("freeze_embedding=True needs an embedding with parameters; there is none. Pass "
+                             "embedding=, or leave freeze_embedding out.")
+        if self.align:
+            shared = network.shared_axes(of_outputs=train[0].of_outputs)
+            train, validation = align_terms(train, validation, shared=shared)
+        histories = []
+        for stage in range(len(train) if self.fine_tune else len(train) - 1):
+            with _kept(frozen if stage else []):
+                histories.append(minimise(
+                    network, [pool_level(train, stage)], [pool_level(validation, stage)] if validation else [],
+                    objective=Objective(), options=self._options(options, stage), seed=child_seed(seed, stage),
+                    progress=progress, label=f"{label}, level {stage}",
+                ))
+        return join_histories(histories)
+
+    def _options(self, options: TrainingOptions, stage: int) -> TrainingOptions:
+        rate = self.learning_rate[stage] if isinstance(self.learning_rate, tuple) else self.learning_rate
+        patience = self.patience[stage] if isinstance(self.patience, tuple) else self.patience
+        return replace(options, learning_rate=options.learning_rate if rate is None else rate,
+                       patience=options.patience if patience is None else patience)
+
+
+@contextmanager
+def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Takes parameters out of training for a while."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
