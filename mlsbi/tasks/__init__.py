@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from mlsbi.tasks.registry import get, names
 
 if TYPE_CHECKING:
-    from mlsbi.tasks.task import Reference, Task
+    from mlsbi.tasks.task import Likelihood, Reference, Task
 
-__all__ = ["Reference", "Task", "get", "names"]
+__all__ = ["Likelihood", "Reference", "Task", "get", "names"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Reference", "Task"):  # they pull in torch, which listing the tasks does not need
+    if name in ("Likelihood", "Reference", "Task"):  # they pull in torch, which listing the tasks does not need
         from mlsbi.tasks import task
 
         return getattr(task, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -56,13 +57,15 @@ def build(parameters: Literal[3, 4] = 3) -> Task:
         noise=noise,
         levels=[Level("stationary", stationary, cost=1.0), Level("euler", euler, cost=100.0)],
     )
+    posterior = OUPosterior(prior)
     return Task.from_stack(
         "ou",
         stack,
         title="Ornstein-Uhlenbeck process seen at five times; the low level is its stationary law.",
         budgets=((1000, 10), (1000, 50), (1000, 100)),
         density="nsf",
-        reference=OUPosterior(prior),
+        reference=posterior,
+        likelihood=partial(_likelihood, posterior),
         x_names=("time",),
         x_axis=tuple(STEP * (point + 1) for point in POINTS),
         citation="Hikida, Bharti, Jeffrey, Briol, Multilevel neural simulation-based inference, NeurIPS 2025, "
@@ -261,6 +264,10 @@ class OUPosterior:
         """Log of the first point's density integrated over X_0 in its prior interval."""
         mean, sd = self._start_given(x, gamma, mu, sigma)
         return _log_mass(*self._interval(3), mean, sd) - (1 - gamma * STEP).log()
+
+
+def _likelihood(posterior: OUPosterior, x: Tensor, theta: Tensor) -> Tensor:
+    return posterior.log_likelihood(theta, x)
 
 
 def _observations(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = ["get", "names"]
 _MODULES = {
     "ou": "mlsbi.tasks.ou",
     "camels": "mlsbi.tasks.camels",
+    "g_and_k": "mlsbi.tasks.g_and_k",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -15,7 +15,15 @@ from mlsbi.levels import LevelStack
 from mlsbi.simulation.campaign import simulate, simulate_level
 from mlsbi.simulation.seeding import TEST_STREAM
 
-__all__ = ["Reference", "Task"]
+__all__ = ["Likelihood", "Reference", "Task"]
+
+
+class Likelihood(Protocol):
+    """The exact density of one output of a task's highest level."""
+
+    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
+        """Log density `(n,)` of outputs x `(n, ...)`, each given its theta `(n, D)`; `-inf` where x cannot occur."""
+        ...
 
 
 class Reference(Protocol):
@@ -49,6 +57,11 @@ class Task:
         citation: Where the task and its numbers come from.
         test_rows: Test rows that comparisons use; all there are where only data exists, and `test` refuses more.
         reference: The exact posterior, where it is known.
+        likelihood: The exact likelihood, where it is known.
+        estimator: What the task is usually solved by, a posterior or a likelihood.
+        observations: Independent outputs at the same theta that make up one test observation of a likelihood.
+        embedding: Embedding that suits x: a name or a builder; flattening when left out.
+        x_transform: `"asinh"` where outputs have heavy tails.
         x_names: What plots write along the axes of one observation, one name per dimension of x.
         x_axis: Where the entries of x lie on its (last) axis.
 
@@ -69,6 +82,11 @@ class Task:
     citation: str
     test_rows: int = 1000
     reference: Reference | None = None
+    likelihood: Likelihood | None = None
+    estimator: Literal["npe", "nle"] = "npe"
+    observations: int = 1
+    embedding: Any = None
+    x_transform: Literal["none", "asinh"] = "none"
     x_names: tuple[str, ...] | None = None
     x_axis: tuple[float, ...] | None = None
 
