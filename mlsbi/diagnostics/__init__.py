@@ -1,6 +1,22 @@
 r"""Checks of a posterior, as functions on arrays."""
 
-from mlsbi.diagnostics.calibration import coverage, hpd_levels, sbc_ranks, uniformity
-from mlsbi.diagnostics.metrics import Score, kld, nlpd
+from mlsbi.diagnostics.calibration import (
+    CalibrationError,
+    calibration_error,
+    coverage,
+    folded_uniformity,
+    hpd_levels,
+    rank_uniformity,
+    sbc_ranks,
+    uniformity,
+)
+from mlsbi.diagnostics.metrics import Score, fom, kld, mse, nlpd, nrmse
+from mlsbi.diagnostics.predictive import posterior_predictive, predictive_levels
+from mlsbi.diagnostics.tarp import tarp_levels
+from mlsbi.diagnostics.two_sample import c2st, mmd
 
-__all__ = ["Score", "coverage", "hpd_levels", "kld", "nlpd", "sbc_ranks", "uniformity"]
+__all__ = [
+    "CalibrationError", "Score", "c2st", "calibration_error", "coverage", "fom", "folded_uniformity", "hpd_levels",
+    "kld", "mmd", "mse", "nlpd", "nrmse", "posterior_predictive", "predictive_levels", "rank_uniformity", "sbc_ranks",
+    "tarp_levels", "uniformity",
+]  # fmt: skip
