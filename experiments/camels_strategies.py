@@ -46,13 +46,6 @@ def run_cell(strategy: str, seed: int, data: Path, extra: list[str]) -> dict[str
     }
 
 
-def summarise(values: list[float]) -> dict[str, float]:
-    """Mean, its standard error, standard deviation and median over seeds."""
-    spread = statistics.stdev(values)
-    return {"mean": statistics.mean(values), "standard_error": spread / math.sqrt(len(values)), "sd": spread,
-            "median": statistics.median(values)}
-
-
 def main() -> None:
     """Runs what is missing and writes `experiments/results/camels_strategies.json`."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -3,10 +3,12 @@ r"""Shared by the experiments: resumable cells and small result files that say w
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,13 @@ def resume_cell(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -
     partial.write_text(json.dumps(result))
     os.replace(partial, path)
     return result
+
+
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Mean, its standard error, standard deviation and median over seeds."""
+    spread = statistics.stdev(values)
+    return {"mean": statistics.mean(values), "standard_error": spread / math.sqrt(len(values)), "sd": spread,
+            "median": statistics.median(values)}
 
 
 def write_result(name: str, content: dict[str, Any]) -> Path:

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from mlsbi.allocation.optimal import Allocation, optimal_allocation
     from mlsbi.allocation.piloting import PilotReport, pilot
     from mlsbi.data import LevelData, MultilevelData
-    from mlsbi.density.flows import NSF
+    from mlsbi.density.embeddings import CNNEmbedding, MLPEmbedding, SetEmbedding
+    from mlsbi.density.flows import MAF, NSF
+    from mlsbi.density.mixture_density import MDN
     from mlsbi.inference.loading import load
+    from mlsbi.inference.mcmc_posterior import MCMCOptions, MCMCPosterior
+    from mlsbi.inference.nle import NLE
     from mlsbi.inference.npe import NPE
     from mlsbi.inference.posteriors import DirectPosterior
     from mlsbi.levels import Level, LevelStack
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from mlsbi.simulation.campaign import simulate
     from mlsbi.strategies.multilevel import Multilevel
     from mlsbi.strategies.single_level import SingleLevel
+    from mlsbi.strategies.transfer import TransferLearning
     from mlsbi.training.loop import TrainingOptions
 
 __version__ = "0.1.0"
@@ -33,7 +38,15 @@ _HOMES = {
     "pilot": "allocation.piloting",
     "LevelData": "data",
     "MultilevelData": "data",
+    "CNNEmbedding": "density.embeddings",
+    "MLPEmbedding": "density.embeddings",
+    "SetEmbedding": "density.embeddings",
+    "MAF": "density.flows",
     "NSF": "density.flows",
+    "MDN": "density.mixture_density",
+    "MCMCOptions": "inference.mcmc_posterior",
+    "MCMCPosterior": "inference.mcmc_posterior",
+    "NLE": "inference.nle",
     "NPE": "inference.npe",
     "DirectPosterior": "inference.posteriors",
     "load": "inference.loading",
@@ -43,14 +56,16 @@ _HOMES = {
     "simulate": "simulation.campaign",
     "Multilevel": "strategies.multilevel",
     "SingleLevel": "strategies.single_level",
+    "TransferLearning": "strategies.transfer",
     "TrainingOptions": "training.loop",
 }
 _MODULES = ("diagnostics", "plots", "tasks")
 
 __all__ = [  # noqa: PLE0604
-    "NPE", "NSF", "Allocation", "BoxPrior", "DirectPosterior", "Level", "LevelData", "LevelStack", "Multilevel",
-    "MultilevelData", "PilotReport", "SingleLevel", "TrainingOptions", "diagnostics", "load", "optimal_allocation",
-    "pilot", "plots", "simulate", "tasks",
+    "MAF", "MDN", "NLE", "NPE", "NSF", "Allocation", "BoxPrior", "CNNEmbedding", "DirectPosterior", "Level",
+    "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData",
+    "PilotReport", "SetEmbedding", "SingleLevel", "TrainingOptions", "TransferLearning", "diagnostics", "load",
+    "optimal_allocation", "pilot", "plots", "simulate", "tasks",
 ]
 
 

@@ -8,30 +8,32 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-from mlsbi.density.flows import DensityBuilder
+from mlsbi.density.embeddings import EmbeddingBuilder
+from mlsbi.density.registry import DensityBuilder
+from mlsbi.inference.nle import NLE
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.saving import read_model
 
 __all__ = ["load"]
 
-_ESTIMATORS = {"npe": NPE}
+_ESTIMATORS: dict[str, type[NPE] | type[NLE]] = {kind.kind: kind for kind in (NPE, NLE)}
 
 
 def load(
     folder: str | os.PathLike[str],
     prior: Distribution | None = None,
     density: DensityBuilder | None = None,
-    embedding: nn.Module | None = None,
+    embedding: nn.Module | EmbeddingBuilder | None = None,
     *,
     device: str | torch.device = "cpu",
-) -> NPE:
+) -> NPE | NLE:
     r"""Reads an estimator that `save` wrote; nothing in the folder is executed.
 
     Args:
         folder: Model folder.
         prior: The prior, needed again when it is not a `BoxPrior`.
         density: The density builder, needed again when it is your own.
-        embedding: The embedding, needed again when there was one.
+        embedding: The embedding, needed again when it is your own.
         device: Where to put it.
 
     Raises:
@@ -42,4 +44,7 @@ def load(
     if config.get("estimator") not in _ESTIMATORS:
         raise ValueError(f"Unknown estimator {config.get('estimator')!r} in {folder}; known: {sorted(_ESTIMATORS)}.")
     kind = _ESTIMATORS[config["estimator"]]
-    return kind.from_saved(config, tensors, prior=prior, density=density, embedding=embedding, device=device)
+    try:
+        return kind.from_saved(config, tensors, prior=prior, density=density, embedding=embedding, device=device)
+    except KeyError as error:
+        raise ValueError(f"The configuration in {folder} lacks {error}: it is damaged or not ours.") from error

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.inference.ascent import climb
+from mlsbi.inference.observations import read_length, read_observation, read_observations, read_theta
 from mlsbi.priors import Unbounded, in_support, parameter_names
 from mlsbi.randomness import child_seed, seeded
 
@@ -40,7 +42,7 @@ class DirectPosterior:
         self.prior = prior
         self._unbounded = Unbounded(prior)
         self._x_shape = tuple(self.networks[0].condition_scaler.mean.shape)
-        self.x: Tensor | None = None if x is None else self._one(x)
+        self.x: Tensor | None = None if x is None else read_observation(x, self._x_shape)
 
     @property
     def _device(self) -> torch.device:
@@ -48,7 +50,7 @@ class DirectPosterior:
 
     def set_default_x(self, x: Any) -> DirectPosterior:
         """Sets the observation that calls without `x` use; returns the posterior."""
-        self.x = self._one(x)
+        self.x = read_observation(x, self._x_shape)
         return self
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class DirectPosterior:
     @torch.no_grad()
     def sample_batched(self, sample_shape: Sequence[int], x: Any, seed: int | None = None) -> Tensor:
         """Draws `(n, B, D)` given observations x of shape `(B, ...)`."""
-        n = _length(sample_shape)
+        n = read_length(sample_shape)
         batch = self._many(x)
         with seeded(child_seed(seed), self._device):
             # How many draws each member gives is random: the ensemble is a mixture.
@@ -92,12 +94,9 @@ class DirectPosterior:
     @torch.no_grad()
     def log_prob_batched(self, theta: Any, x: Any) -> Tensor:
         """Log density of theta `(n, B, D)` (or `(1, B, D)`, `(n, 1, D)`) given x `(B, ...)`, shape `(n, B)`."""
-        points = torch.as_tensor(theta, dtype=torch.get_default_dtype()).cpu()
         batch = self._many(x)
         dim = self.prior.event_shape[0]
-        if points.ndim != 3 or points.shape[2] != dim or points.shape[1] not in (1, len(batch)):
-            raise ValueError(f"Expected theta of shape (n, {len(batch)}, {dim}); got {tuple(points.shape)}.")
-        points = points.expand(-1, len(batch), -1)
+        points = read_theta(theta, len(batch), dim)
         flat = points.reshape(-1, dim)
         inside = in_support(self.prior, flat)
         result = torch.full((len(flat),), -torch.inf)
@@ -123,6 +122,10 @@ class DirectPosterior:
         mixture = members.logsumexp(0) - np.log(len(self.networks))
         return mixture.cpu() - self._unbounded.log_abs_det(z, theta)
 
+    def log_normaliser(self, x: Any, *, draws: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Log of the integral of the density that `log_prob_batched` gives, shape `(B,)`: zero."""
+        return torch.zeros(len(self._many(x)))
+
     def map(self, x: Any = None, *, seed: int = 0, draws: int = 2000, steps: int = 200) -> Tensor:
         r"""The parameters of highest posterior density, shape `(D,)`.
 
@@ -136,17 +139,13 @@ class DirectPosterior:
         theta = self.sample((draws,), batch, seed=seed)
         best = self.log_prob(theta, batch).topk(min(16, draws)).indices
         start = theta[best]
-        z = self._unbounded.to(start).clone().requires_grad_()
-        optimiser = torch.optim.Adam([z], lr=0.02)
         with torch.no_grad():
             embedded = self._embed(batch)
-        at = torch.zeros(len(z), dtype=torch.long)
-        for _ in range(steps):
-            value = self._log_prob_rows(self._unbounded.back(z), embedded, at).sum()
-            z.grad = -torch.autograd.grad(value, z)[0]
-            optimiser.step()
+        at = torch.zeros(len(start), dtype=torch.long)
+        found = climb(lambda z: self._log_prob_rows(self._unbounded.back(z), embedded, at), self._unbounded.to(start),
+                      steps=steps)
         # An ascent that ran off, on a ridge or to an edge, loses to where it began.
-        candidates = torch.cat([start, self._unbounded.back(z.detach())])
+        candidates = torch.cat([start, self._unbounded.back(found)])
         return candidates[self.log_prob(candidates, batch).argmax()]
 
     def to_frame(self, n: int = 1000, x: Any = None, seed: int | None = None) -> pd.DataFrame:
@@ -159,42 +158,13 @@ class DirectPosterior:
         if x is None:
             if self.x is None:
                 raise ValueError("No observation: pass x, or set one with posterior.set_default_x(x_o).")
-            return self.x
-        return self._one(x)
-
-    def _one(self, x: Any) -> Tensor:
-        tensor = _real(x)
-        if tuple(tensor.shape) == self._x_shape:
-            tensor = tensor[None]
-        if tuple(tensor.shape) != (1, *self._x_shape):
-            raise ValueError(f"Expected one observation of shape {self._x_shape} or {(1, *self._x_shape)}; got "
-                             f"{tuple(tensor.shape)}. Use sample_batched and log_prob_batched for several.")
-        return self._many(tensor)
+            return self._many(self.x)
+        return self._many(read_observation(x, self._x_shape))
 
     def _many(self, x: Any) -> Tensor:
-        tensor = _real(x)
-        if tuple(tensor.shape[1:]) != self._x_shape or tensor.ndim == 0 or len(tensor) == 0:
-            raise ValueError(f"Expected observations of shape (B, {', '.join(map(str, self._x_shape))}); got "
-                             f"{tuple(tensor.shape)}.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError("Expected a finite observation; it has NaN or infinite entries.")
-        return tensor.to(self._device)
+        return read_observations(x, self._x_shape).to(self._device)
 
     def __repr__(self) -> str:
         given = "no observation set" if self.x is None else f"given x of shape {self._x_shape}"
         return f"DirectPosterior({', '.join(parameter_names(self.prior))}; {len(self.networks)} networks; {given})"
 
-
-def _real(x: Any) -> Tensor:
-    """A tensor of floats; float64 is kept, for the standardiser to centre."""
-    tensor = torch.as_tensor(x)
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-
-
-def _length(sample_shape: Sequence[int]) -> int:
-    if isinstance(sample_shape, (int, np.integer)):
-        raise TypeError(f"Expected sample_shape as a tuple; write sample(({sample_shape},)).")
-    shape = tuple(sample_shape)
-    if len(shape) != 1 or shape[0] < 1:
-        raise ValueError(f"Expected sample_shape (n,) with n >= 1; got {shape}.")
-    return int(shape[0])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,9 +16,12 @@ from torch.distributions import Distribution
 
 from mlsbi.priors import BoxPrior, check_prior
 
-__all__ = ["prior_from_config", "prior_to_config", "read_model", "write_model"]
+__all__ = ["prior_from_config", "prior_to_config", "read_model", "read_option", "write_model"]
 
-_FORMAT = 1
+_FORMAT = 2
+_OLDEST = 2
+T = TypeVar("T")
+
 _CONFIG, _TENSORS = "model.json", "model.safetensors"
 
 
@@ -59,11 +62,27 @@ def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
         raise ValueError(f"{path / _CONFIG} is not a model configuration: {error}.") from error
     if version > _FORMAT:
         raise ValueError(f"{path} was saved in format {version}; this version reads up to {_FORMAT}. Upgrade mlsbi.")
+    if version < _OLDEST:
+        raise ValueError(f"{path} was saved in format {version}, before likelihoods and embeddings could be; this "
+                         f"version reads from {_OLDEST}. Train and save it again.")
     try:
         tensors = load_file(path / _TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{path / _TENSORS} is damaged or no safetensors file: {error}.") from error
     return config, tensors
+
+
+def read_option(name: str, read: Callable[[Any], T], saved: Any) -> T:
+    """Part of a saved configuration.
+
+    Raises:
+        ValueError: If it cannot be read: it was changed by hand, or by something else.
+    """
+    try:
+        return read(saved)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The saved {name} cannot be read ({type(error).__name__}: {error}): the configuration is "
+                         "damaged or not this library's.") from error
 
 
 def prior_to_config(prior: Distribution) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from mlsbi.priors import check_theta
 from mlsbi.simulation.executors import SerialExecutor, open_executor
 from mlsbi.simulation.seeding import BLOCK, RowSource
 
-__all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level"]
+__all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level", "warn_left_out"]
 
 _CHECKED = 2  # rows replayed to see whether a simulator is deterministic
 _LARGEST_BATCH = 16 * BLOCK  # rows; bounds the memory that noise takes
@@ -139,7 +139,7 @@ def simulate(
             raise ValueError(f"Every one of the {n[index]} rows of level '{names[index]}' gave NaN or infinite output. "
                              "Check the simulator over the whole prior.")
         levels.append(merged)
-    _warn_left_out(names, n, [joint.left_out if joint else 0 for joint in rows])
+    warn_left_out(names, n, [joint.left_out if joint else 0 for joint in rows])
     if reuse is not None:
         runs = [a + b for a, b in zip(runs, reuse.runs, strict=True)]
         seconds = [a + b for a, b in zip(seconds, reuse.seconds or [0.0] * len(stack), strict=True)]
@@ -186,7 +186,7 @@ def simulate_joint(
     if len(joint.theta) == 0:
         raise ValueError(f"Every one of {n} rows of {names} gave NaN or infinite output. Check the simulators over the "
                          "whole prior.")
-    _warn_left_out([names], [n], [joint.left_out])
+    warn_left_out([names], [n], [joint.left_out])
     return joint
 
 
@@ -419,7 +419,8 @@ def _known_shape(reuse: MultilevelData | None) -> tuple[int, ...] | None:
     return next((tuple(level.fine.shape[1:]) for level in reuse.levels if len(level)), None)
 
 
-def _warn_left_out(names: Sequence[str], n: Sequence[int], left_out: Sequence[int]) -> None:
+def warn_left_out(names: Sequence[str], n: Sequence[int], left_out: Sequence[int]) -> None:
+    """Warns about rows left out of n per level, if there are any."""
     if any(left_out):
         what = ", ".join(f"{lost} of {total} at level '{name}'"
                          for name, total, lost in zip(names, n, left_out, strict=True) if lost)
