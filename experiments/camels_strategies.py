@@ -1,4 +1,4 @@
-r"""sigma_8 from real matter power spectra: multilevel against each level alone, on the same splits.
+r"""sigma_8 from real matter power spectra: multilevel, transfer learning and each level alone, on the same splits.
 
 Every seed is its own split of the 1000 spectra (20 pairs, 580 gravity-only rows, 400 test rows), its own noise and its
 own initialisation; all strategies see the same rows. It runs `mlsbi run camels` with its defaults.
@@ -13,16 +13,15 @@ import contextlib
 import io
 import json
 import math
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from runner import resume_cell, write_result
+from runner import resume_cell, summarise, write_result
 
 from mlsbi.cli.main import main as mlsbi
 
-STRATEGIES = ("multilevel", "high", "low")
+STRATEGIES = ("multilevel", "transfer", "high", "low")
 
 
 def run_cell(strategy: str, seed: int, data: Path, extra: list[str]) -> dict[str, Any]:
@@ -34,15 +33,18 @@ def run_cell(strategy: str, seed: int, data: Path, extra: list[str]) -> dict[str
         if code:
             raise RuntimeError(f"mlsbi {arguments} ended with {code}")
         results = json.loads((out / "results.json").read_text())
+    record = results["strategies"][0]
+    checks = record["checks"]
     return {
         "n": results["spent"]["n"],
-        "nlpd": results["checks"]["nlpd"]["mean"],
-        "median": results["checks"]["nlpd"]["median"],
-        "coverage_90": dict(zip(map(str, results["checks"]["coverage"]["credibility"]),
-                                results["checks"]["coverage"]["found"], strict=True))["0.9"],
-        "uniformity_p": results["checks"]["coverage"]["p"],
-        "training_seconds": sum(network["seconds"] for network in results["training"]),
-        "asked": {key: results["asked"][key] for key in ("strategy_options", "density", "training", "ensemble")},
+        "nlpd": checks["nlpd"]["mean"],
+        "median": checks["nlpd"]["median"],
+        "coverage_90": dict(zip(map(str, checks["coverage"]["credibility"]), checks["coverage"]["found"],
+                                strict=True))["0.9"],
+        "uniformity_p": checks["coverage"]["p"],
+        "training_seconds": sum(network["seconds"] for network in record["training"]),
+        "asked": {"strategy_options": record["options"],
+                  **{key: results["asked"][key] for key in ("density", "training", "ensemble")}},
     }
 
 

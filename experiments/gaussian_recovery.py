@@ -109,8 +109,8 @@ def main() -> None:
                        for key in rows[0]}
             result["summary"][name], result["cells"][name] = summary, found
             print(f"{name:16s} C2ST {summary['c2st']['mean']:.3f} (largest {summary['c2st']['largest']:.3f}), mean off "
-                  f"by {summary['mean_error']['mean']:.3f} sd, sd off by {summary['sd_error']['mean']:.1%}, against the "
-                  f"high level {summary['control']['mean']:.3f}", flush=True)
+                  f"by {summary['mean_error']['mean']:.3f} sd, sd off by {summary['sd_error']['mean']:.1%}; C2ST "
+                  f"against the high level {summary['control']['mean']:.3f}", flush=True)
     print(write_result("gaussian_recovery", result))
 
 
