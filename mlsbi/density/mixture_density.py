@@ -43,30 +43,35 @@ class MDN:
         sizes = [condition_dim, *[self.hidden] * self.layers]
         body = [part for width, following in zip(sizes[:-1], sizes[1:], strict=True)
                 for part in (nn.Linear(width, following), nn.Tanh())]
-        return MixtureDensity(nn.Sequential(*body), self.hidden, dim, self.components)
+        return MixtureDensity(nn.Sequential(*body), self.hidden, condition_dim, dim, self.components)
 
 
 class MixtureDensity(nn.Module):
     r"""Mixture of K Gaussians with precision :math:`U^T U`, U lower triangular with a positive diagonal.
 
+    Means are a linear map of the condition plus what the network adds: outside the training data they go on straight.
+
     Args:
         body: Network from conditions `(n, k)` to features `(n, hidden)`.
         hidden: Its output width.
+        condition_dim: Length of the conditions.
         dim: Length of the modelled vectors.
         components: K.
     """
 
     below: Tensor
 
-    def __init__(self, body: nn.Module, hidden: int, dim: int, components: int) -> None:
+    def __init__(self, body: nn.Module, hidden: int, condition_dim: int, dim: int, components: int) -> None:
         super().__init__()
         self.dim, self.components = dim, components
         self.body = body
         self.head = nn.Linear(hidden, components * (1 + 2 * dim + dim * (dim - 1) // 2))
+        self.line = nn.Linear(condition_dim, components * dim, bias=False)
         rows, columns = torch.tril_indices(dim, dim, -1)
         self.register_buffer("below", rows * dim + columns, persistent=False)
         with torch.no_grad():  # Gaussians start as wide as standardised data, at centres that differ
             self.head.weight.mul_(0.1)
+            self.line.weight.zero_()
             self.head.bias.zero_()
             self.head.bias[components: components * (1 + dim)].normal_(std=0.5)
 
@@ -91,6 +96,7 @@ class MixtureDensity(nn.Module):
         k, d = self.components, self.dim
         out = self.head(self.body(condition))
         logits, mean, log_diagonal, below = out.split([k, k * d, k * d, k * (d * (d - 1) // 2)], dim=-1)
+        mean = mean + self.line(condition)
         log_diagonal = log_diagonal.unflatten(-1, (k, d))
         factor = torch.diag_embed(log_diagonal.exp())
         if d > 1:
