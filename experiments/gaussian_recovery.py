@@ -1,6 +1,6 @@
 r"""Posteriors and likelihoods of an affine-Gaussian stack against the closed form, for all strategies.
 
-Three parameters, four outputs, two levels whose matrices and shifts differ, 100 000 rows and as many pairs: plenty.
+Three parameters, four outputs, two levels whose matrices and shifts differ, 50 000 rows and as many pairs: plenty.
 Draws are compared with the exact posterior of the level that a strategy learns: the low level's for "low", which as a
 control is compared with the high level's too. NPE sees one output, NLE five independent ones.
 
@@ -24,7 +24,7 @@ from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
 
 STRATEGIES = ("multilevel", "transfer", "high", "low")
-ROWS, DRAWS, OBSERVATIONS, SET = (100_000, 100_000), 2000, 3, 5
+ROWS, DRAWS, OBSERVATIONS, SET = (50_000, 50_000), 2000, 3, 5
 MATRIX = torch.tensor([[1.0, 0.0, 0.3], [0.5, 1.0, 0.0], [0.0, -1.0, 0.5], [0.2, 0.2, 1.0]])
 CHANGE = torch.tensor([[0.2, 0.0, 0.0], [0.0, -0.2, 0.0], [0.0, 0.0, 0.3], [0.0, 0.1, 0.0]])
 SHIFT = torch.tensor([0.4, -0.3, 0.2, 0.0])
@@ -76,14 +76,16 @@ def run_cell(kind: str, strategy: str, seed: int) -> dict[str, Any]:
         effective = min(min(chains[0].effective), DRAWS) if chains else DRAWS
         sd = truth.variance.sqrt()
         mean_error, sd_error = (drawn.mean(0) - truth.mean) / sd, drawn.std(0) / sd - 1
-        rows.append({
+        row = {
             "c2st": c2st(expected.numpy(), drawn.numpy(), seed=index),
             "mean_error": mean_error.abs().max().item(), "sd_error": sd_error.abs().max().item(),
             "mean_z": mean_error.abs().max().item() * effective**0.5,
             "sd_z": sd_error.abs().max().item() * (2 * effective) ** 0.5,
-            "control": c2st(exact(x, "high").sample((DRAWS,)).numpy(), drawn.numpy(), seed=index),
             "rhat": max(chains[0].rhat) if chains else 1.0,
-        })
+        }
+        if strategy == "low":
+            row["c2st_against_high"] = c2st(exact(x, "high").sample((DRAWS,)).numpy(), drawn.numpy(), seed=index)
+        rows.append(row)
     return {"rows": rows, "seconds": estimator.history.seconds}
 
 
@@ -109,8 +111,9 @@ def main() -> None:
                        for key in rows[0]}
             result["summary"][name], result["cells"][name] = summary, found
             print(f"{name:16s} C2ST {summary['c2st']['mean']:.3f} (largest {summary['c2st']['largest']:.3f}), mean off "
-                  f"by {summary['mean_error']['mean']:.3f} sd, sd off by {summary['sd_error']['mean']:.1%}; C2ST "
-                  f"against the high level {summary['control']['mean']:.3f}", flush=True)
+                  f"by {summary['mean_error']['mean']:.3f} sd, sd off by {summary['sd_error']['mean']:.1%}", flush=True)
+            if strategy == "low":
+                print(f"{'':16s} C2ST against the high level {summary['c2st_against_high']['mean']:.3f}")
     print(write_result("gaussian_recovery", result))
 
 
