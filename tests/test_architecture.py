@@ -24,16 +24,18 @@ FLOORS = [
 # Within a folder a file imports only from files listed before it.
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
-    "simulation": ["seeding", "executors", "campaign"],
-    "density": ["standardise", "splines", "flows", "conditional"],
+    "simulation": ["seeding", "executors", "campaign", "sets"],
+    "density": ["standardise", "splines", "flows", "mixture_density", "embeddings", "registry", "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],
-    "strategies": ["multilevel", "single_level", "registry", "fitting"],
+    "strategies": ["multilevel", "single_level", "transfer", "registry", "fitting"],
     "allocation": ["problem", "goals", "integers", "advising", "optimal", "piloting"],
-    "inference": ["posteriors", "saving", "npe", "loading"],
-    "diagnostics": ["metrics", "calibration"],
-    "tasks": ["task", "ou", "camels", "registry"],
-    "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "posterior"],
-    "report": ["checking", "figures", "elements", "sections", "html"],
+    "inference": ["observations", "ascent", "posteriors", "convergence", "mcmc", "ensemble", "hmc", "evidence",
+                  "importance", "mcmc_posterior",
+                  "likelihoods", "saving", "estimator", "npe", "nle", "loading"],
+    "diagnostics": ["arrays", "metrics", "calibration", "tarp", "two_sample", "predictive"],
+    "tasks": ["task", "ou", "camels", "g_and_k", "registry"],
+    "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior"],
+    "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],
     "cli": ["targets", "running", "main"],
 }
 TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor

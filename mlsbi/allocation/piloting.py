@@ -3,7 +3,7 @@ r"""A small campaign that tells what the levels are worth, before the budget is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +16,13 @@ from torch.distributions import Distribution
 
 from mlsbi.data import LevelData, MultilevelData
 from mlsbi.density.flows import NSF
+from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.priors import Unbounded
 from mlsbi.randomness import check_device, child_seed
 from mlsbi.simulation.campaign import JointRows, simulate_joint
 from mlsbi.simulation.seeding import JOINT_STREAM
-from mlsbi.strategies.fitting import Problem, posterior_problem
+from mlsbi.strategies.fitting import Problem
 from mlsbi.training.loop import Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term
 
@@ -118,8 +119,9 @@ def pilot(
     n: int = 64,
     *,
     seed: int,
-    estimator: Literal["npe"] = "npe",
+    estimator: Literal["npe", "nle"] = "npe",
     integrand: Literal["loss"] = "loss",
+    x_transform: Transform = "none",
     executor: Executor | None = None,
     workers: int = 1,
     device: str | torch.device = "cpu",
@@ -134,8 +136,9 @@ def pilot(
         stack: Prior, noise and levels.
         n: Joint rows, at least 8.
         seed: Seed of everything random.
-        estimator: What will be trained: `"npe"`.
+        estimator: What will be trained: `"npe"`, a density of theta given x, or `"nle"`, of x given theta.
         integrand: What variances are of: `"loss"`.
+        x_transform: What outputs go through before they are standardised, as in the estimator.
         executor: Any `concurrent.futures.Executor`, for the simulations.
         workers: Processes on this machine, when no executor is given.
         device: Where the networks are trained.
@@ -154,8 +157,9 @@ def pilot(
     if n < _FEWEST:
         raise ValueError(f"Expected at least {_FEWEST} pilot rows; got {n}.")
     check_device(device)
-    if estimator != "npe":
-        raise ValueError(f'Expected estimator "npe"; got {estimator!r}.')
+    if estimator not in ("npe", "nle"):
+        raise ValueError(f'Expected estimator "npe" or "nle"; got {estimator!r}.')
+    check_transform(x_transform)
     if integrand != "loss":
         raise ValueError(f'Expected integrand "loss"; got {integrand!r}.')
     run = {"seed": seed, "executor": executor, "workers": workers, "progress": progress}
@@ -167,7 +171,8 @@ def pilot(
     if len(joint.theta) < _FEWEST:
         raise ValueError(f"Only {len(joint.theta)} of {n} pilot rows gave finite output at every level; the pilot "
                          f"needs {_FEWEST}. Check the simulators, or take more rows.")
-    losses, losses_apart = _cross_fit(joint, apart, stack.prior, seed=seed, device=device, progress=progress)
+    rows = _rows_of(stack.prior, estimator)
+    losses, losses_apart = _cross_fit(joint, apart, rows, x_transform, seed=seed, device=device, progress=progress)
     runs, seconds = _totals(joint, apart)
     costs = stack.costs or tuple(s / r for s, r in zip(seconds, runs, strict=True))
     pair_costs = stack.row_costs or sum_pair_costs(costs)
@@ -206,56 +211,49 @@ def pilot_cost(stack: LevelStack, n: int) -> float | None:
     return campaign_cost(stack.costs, stack.row_costs, runs=runs, pairs=[n] * len(stack))
 
 
+def _rows_of(prior: Distribution, estimator: str) -> Callable[[Tensor, Tensor], Term]:
+    """How a density reads theta and x: of unbounded theta given x, or of flattened x given theta."""
+    unbounded = Unbounded(prior)
+    if estimator == "npe":
+        return lambda theta, x: Term(unbounded.to(theta), x)
+    return lambda theta, x: Term(x.flatten(1), unbounded.features(theta), of_outputs=True)
+
+
 def _cross_fit(
-    joint: JointRows, apart: Sequence[JointRows], prior: Distribution, *, seed: int, device: str | torch.device,
-    progress: bool,
+    joint: JointRows, apart: Sequence[JointRows], rows_of: Callable[[Tensor, Tensor], Term], x_transform: Transform, *,
+    seed: int, device: str | torch.device, progress: bool,
 ) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]]]:
     """Losses of every row under a network that was trained on the other fold, float64."""
-    pooled = MultilevelData.from_arrays([(
-        torch.cat([joint.theta] * len(joint.outputs) + [rows.theta for rows in apart]),
-        torch.cat([*joint.outputs, *(rows.outputs[0] for rows in apart)]),
-    )])
-    problem = posterior_problem(pooled, prior)
-    unbounded = Unbounded(prior)
-    losses = np.empty((len(joint.theta), len(joint.outputs)))
-    losses_apart = [np.empty(len(rows.theta)) for rows in apart]
-
-    def fold_of(rows: Tensor) -> Tensor:
-        return torch.arange(len(rows)) % _FOLDS
-
+    sources = [rows_of(joint.theta, x) for x in joint.outputs]
+    sources += [rows_of(rows.theta, rows.outputs[0]) for rows in apart]
+    transforms: tuple[Transform, Transform] = ("none", x_transform)
+    if sources[0].of_outputs:
+        transforms = (x_transform, "none")
+    problem = Problem((), Standardiser.fit([term.input for term in sources], transform=transforms[0]),
+                      Standardiser.fit([term.fine for term in sources], transform=transforms[1]))
+    losses = [np.empty(len(term)) for term in sources]
     for fold in range(_FOLDS):
-        train, held = _fold_terms(problem, joint, apart, unbounded, fold)
+        train, held = _fold_terms(problem, sources, fold)
         network = problem.network(NSF(), None, seed=child_seed(seed, JOINT_STREAM, fold)).to(device)
         minimise(network, [train], [held], objective=Objective(), options=_TRAINING, progress=progress,
                  seed=child_seed(seed, JOINT_STREAM, fold, 1), label=f"pilot network {fold + 1}/{_FOLDS}")
-
-        def loss(theta: Tensor, x: Tensor, network: Any = network) -> np.ndarray[Any, Any]:
+        for found, term in zip(losses, sources, strict=True):
+            chosen = torch.arange(len(term)) % _FOLDS == fold
             with torch.no_grad():
-                return -network.log_prob(unbounded.to(theta).to(device), x.to(device)).double().cpu().numpy()
-
-        chosen = fold_of(joint.theta) == fold
-        for level, x in enumerate(joint.outputs):
-            losses[chosen.numpy(), level] = loss(joint.theta[chosen], x[chosen])
-        for found, rows in zip(losses_apart, apart, strict=True):
-            chosen = fold_of(rows.theta) == fold
-            found[chosen.numpy()] = loss(rows.theta[chosen], rows.outputs[0][chosen])
-    return losses, losses_apart
+                log_prob = network.log_prob(term.input[chosen].to(device), term.fine[chosen].to(device))
+            found[chosen.numpy()] = -log_prob.double().cpu().numpy()
+    return np.stack(losses[:len(joint.outputs)], 1), losses[len(joint.outputs):]
 
 
-def _fold_terms(
-    problem: Problem, joint: JointRows, apart: Sequence[JointRows], unbounded: Unbounded, fold: int
-) -> tuple[Term, Term]:
+def _fold_terms(problem: Problem, sources: Sequence[Term], fold: int) -> tuple[Term, Term]:
     """Outputs of all levels outside a fold, pooled; every fourth of those rows is held out at all levels at once."""
-    sources = [(joint.theta, x) for x in joint.outputs] + [(rows.theta, rows.outputs[0]) for rows in apart]
 
     def pool(*, held: bool) -> Term:
-        inputs, outputs = [], []
-        for theta, x in sources:
-            row = torch.arange(len(theta))
-            chosen = (row % _FOLDS != fold) & ((row // _FOLDS % 4 == 0) == held)
-            inputs.append(problem.input_scaler(unbounded.to(theta[chosen])))
-            outputs.append(problem.condition_scaler(x[chosen]))
-        return Term(torch.cat(inputs), torch.cat(outputs))
+        parts = []
+        for term in sources:
+            row = torch.arange(len(term))
+            parts.append(problem.standardise(term.rows((row % _FOLDS != fold) & ((row // _FOLDS % 4 == 0) == held))))
+        return Term(torch.cat([part.input for part in parts]), torch.cat([part.fine for part in parts]))
 
     return pool(held=False), pool(held=True)
 

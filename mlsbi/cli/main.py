@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     amount = run.add_mutually_exclusive_group()
     amount.add_argument("--budget", type=float, help="total cost; a pilot decides how to split it")
     amount.add_argument("--n", type=_numbers, help="rows per level, cheapest first: 1000,100")
-    run.add_argument("--strategy", default="multilevel", help="multilevel (default), high or low")
+    run.add_argument("--strategy", default=("multilevel",), type=_strategies,
+                     help="multilevel (default), transfer, high, low, or several to compare: multilevel,transfer,high")
+    run.add_argument("--observations", type=int, metavar="M", help="independent outputs in one observation, for nle "
+                     "(default: the task's usual number, else 1)")
     run.add_argument("--ensemble", type=int, default=10, help="networks whose mixture is the posterior (default 10)")
     run.add_argument("--x-o", type=Path, help="observation, .npy, .csv or text; default: the first test simulation")
     run.add_argument("--tests", type=int, help="test simulations of the highest level (tasks: up to 400; own stack: 0)")
@@ -73,6 +76,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", type=_key_value,
                         help="option of the task, such as parameters=4; may be repeated")
     parser.add_argument("--data", type=Path, help="folder of the data, for tasks that read some")
+    parser.add_argument("--estimator", choices=("npe", "nle"), help="posterior or likelihood network (default: the "
+                        "task's usual one; npe for an own stack)")
     parser.add_argument("--pilot", type=int, default=64, metavar="ROWS", help="pilot rows (default 64)")
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate (default 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -85,6 +90,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 1000,100; got {text!r}") from None
+
+
+def _strategies(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"expected different strategies; got {text!r}")
+    return names
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -130,7 +142,8 @@ def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
         raise ValueError(f"'{target.name}' is a fixed data set: there is nothing to plan.")
     if options.budget is not None:
         check_budget(target, options.budget, options.pilot)
-    report = pilot(target.stack, options.pilot, seed=options.seed, device=options.device, workers=options.workers,
+    report = pilot(target.stack, options.pilot, seed=options.seed, estimator=options.estimator or target.estimator,
+                   x_transform=target.x_transform, device=options.device, workers=options.workers,
                    progress=not options.quiet)
     plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance,
                               minimum=FEWEST_ROWS)
@@ -150,16 +163,17 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
 
     target = _target(options)
     label = Path(target.name.partition(":")[0]).stem
-    out = options.out or Path("runs") / f"{label}-{options.strategy}-{options.seed}"
+    out = options.out or Path("runs") / f"{label}-{'-'.join(options.strategy)}-{options.seed}"
     if (out / "results.json").exists() and not options.overwrite:
         raise ValueError(f"{out} holds the results of an earlier run. Give another --out, or --overwrite.")
-    for name, least in (("ensemble", 1), ("draws", 2), ("pilot", 8)):
-        if getattr(options, name) < least:
+    for name, least in (("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
     if options.tests is not None and options.tests < 0:
         raise ValueError(f"Expected --tests of at least 0; got {options.tests}.")
     results = run(target, RunRequest(
-        strategy=options.strategy, seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
+        strategies=options.strategy, estimator=options.estimator, observations=options.observations,
+        seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
         command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
         workers=options.workers, tests=options.tests, draws=options.draws, x_o=options.x_o, progress=not options.quiet,
         say=lambda text: print(text, flush=True),
@@ -167,7 +181,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     print()
     for sentence in results["verdict"]:
         print(f"- {sentence}")
-    print(f"\nReport: {out / 'report.html'}\nData, model, figures and results.json: {out}")
+    print(f"\nReport: {out / 'report.html'}\nData, models, figures and results.json: {out}")
 
 
 def _report(options: argparse.Namespace, given: Sequence[str]) -> None:

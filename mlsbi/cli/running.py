@@ -6,14 +6,16 @@ import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,20 +23,23 @@ import mlsbi
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
 from mlsbi.allocation.piloting import PilotReport, pilot, pilot_cost
 from mlsbi.cli.targets import Target
-from mlsbi.data import MultilevelData, spread
-from mlsbi.density.flows import builder_to_config
+from mlsbi.data import MultilevelData, count_runs, spread
+from mlsbi.density.embeddings import embedding_to_config
+from mlsbi.density.registry import builder_to_config
+from mlsbi.inference.mcmc_posterior import MCMCOptions, MCMCPosterior
+from mlsbi.inference.nle import NLE
 from mlsbi.inference.npe import NPE
-from mlsbi.inference.posteriors import DirectPosterior
+from mlsbi.inference.observations import read_set
 from mlsbi.levels import campaign_cost, sum_pair_costs
 from mlsbi.priors import parameter_names, sample_prior
 from mlsbi.randomness import child_seed
-from mlsbi.report.checking import check_posterior, verdict
+from mlsbi.report.checking import check_likelihood, check_posterior, compare, verdict
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
 from mlsbi.simulation.campaign import simulate
 from mlsbi.simulation.seeding import TEST_STREAM, RowSource
 from mlsbi.strategies.registry import strategy_to_config
-from mlsbi.training.loop import TrainingOptions
+from mlsbi.training.loop import TrainingError, TrainingOptions
 
 __all__ = ["FEWEST_ROWS", "RunRequest", "check_budget", "run"]
 
@@ -42,18 +47,23 @@ FEWEST_ROWS = 2
 """Rows that a term needs: one to train on, one to hold out."""
 
 _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
+_CHAIN_DRAWS = 199  # where draws are dear
+_LIKELIHOOD_TESTS = 100
+_LIKELIHOOD_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class RunRequest:
     """What the user asked for; the fields are the options of `mlsbi run`."""
 
-    strategy: str
+    strategies: tuple[str, ...]
     seed: int
     device: str
     ensemble: int
     out: Path
     command: str
+    estimator: Literal["npe", "nle"] | None = None
+    observations: int | None = None
     budget: float | None = None
     n: tuple[int, ...] | None = None
     pilot_rows: int = 64
@@ -66,79 +76,85 @@ class RunRequest:
     say: Any = None
 
 
-def run(target: Target, request: RunRequest) -> dict[str, Any]:
-    r"""Plans, simulates, trains, infers and checks; writes everything to `request.out`.
+@dataclass(frozen=True)
+class _Tests:
+    """Rows of the highest level with known parameters, sets of outputs `(B, m, ...)` for a likelihood."""
 
-    Data, model and results are saved as soon as they exist.
+    theta: Tensor
+    x: Tensor
+
+
+def run(target: Target, request: RunRequest) -> dict[str, Any]:
+    r"""Plans and simulates, then trains, infers and checks with every strategy; writes everything to `request.out`.
+
+    Data, models and results are saved as soon as they exist.
 
     Returns:
         The content of `results.json`.
 
     Raises:
         ValueError: If the request does not fit the target, before anything is spent.
+        TrainingError: If no strategy gave a network that can be used.
     """
     say = request.say or (lambda text: None)
-    npe = NPE(target.prior, strategy=request.strategy, density=target.density, training=request.training,
-              device=request.device, seed=child_seed(request.seed, 1))
-    n_asked = _check_request(target, request)
-    tests = target.default_tests if request.tests is None else request.tests
-    observed = _read_observation(target, request)
+    kind = request.estimator or target.estimator
+    estimators = {name: _estimator(target, request, kind, name) for name in request.strategies}
+    n_asked = _check_request(target, request, kind)
+    m = (request.observations or target.observations) if kind == "nle" else 1
+    default = target.default_tests if kind == "npe" else min(target.default_tests, _LIKELIHOOD_TESTS)
+    n_tests = default if request.tests is None else request.tests
+    observed = _read_observation(target, request, kind)
     out = request.out
     _clear(out)
 
-    report, plan, data = _simulate(target, request, n_asked, say)
+    report, plan, data = _simulate(target, request, kind, n_asked, say)
     data.save(out / "data.npz")
     say(f"simulated {data}")
 
-    test_runs = max(tests, 1) if observed is None else tests
-    test_rows = target.test(test_runs, request.seed) if test_runs else None
-
-    npe.fit(data, ensemble=request.ensemble, progress=request.progress)
-    npe.save(out / "model")
-    say(f"trained {len(npe.networks)} networks in {sum(h.seconds for h in npe.histories):.0f} s")
-
-    truth = None
-    if observed is None and test_rows is not None:
-        truth, observed = test_rows[0][0], test_rows[1][0]
-    posterior = npe.posterior(observed)
-    samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
-    samples.to_csv(out / "posterior_samples.csv", index=False)
-    if target.reference is not None and observed is not None:
-        exact = target.reference.sample(request.draws, observed, child_seed(request.seed, 6))
-        type(samples)(exact.numpy(), columns=samples.columns).to_csv(out / "reference_samples.csv", index=False)
-
-    checks = None
-    if tests and test_rows is not None:
-        say(f"checking on {len(test_rows[0])} test simulations")
-        checks, arrays = check_posterior(posterior, *test_rows, draws=_CHECK_DRAWS, seed=child_seed(request.seed, 3),
-                                         reference=target.reference)
-        np.savez(out / "checks.npz", hpd_levels=arrays["hpd_levels"], ranks=arrays["ranks"], log_q=arrays["log_q"])
+    test_rows = max(n_tests, 1) if observed is None else n_tests
+    tests, truth = None, None
+    if test_rows:
+        tests = _Tests(*(target.test_sets(test_rows, m, request.seed) if kind == "nle"
+                         else target.test(test_rows, request.seed)))
+    if observed is None and tests is not None:
+        truth, observed = tests.theta[0], tests.x[0]
+    exact = _draw_exact(target, request, kind, observed)
     results = {
-        "format": 1,
+        "format": 2,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"mlsbi": mlsbi.__version__, "python": platform.python_version(),
                      **{name: version(name) for name in ("torch", "nflows", "numpy")}},
         "command": request.command,
-        "asked": {
-            "task": target.name, "title": target.title, "citation": target.citation, "strategy": request.strategy,
-            "strategy_options": strategy_to_config(npe.strategy)["options"] if npe.strategy else {},
-            "density": builder_to_config(npe.builder), "training": asdict(request.training),
-            "budget": request.budget, "n": n_asked, "seed": request.seed, "device": request.device,
-            "ensemble": request.ensemble, "parameters": list(parameter_names(target.prior)),
-        },
+        "asked": _asked(target, request, next(iter(estimators.values())), n_asked, m),
         "observable": {"axis": target.x_axis, "label": target.x_label},
         **_planned(report, plan, n_asked, target),
         "levels": _levels(target, report, data),
         "cost_unit": "as declared" if target.level_costs else "seconds",
-        "spent": _spent(target, report, data, test_runs),
-        "training": [_trained(history) for history in npe.histories],
-        "posterior": _summary(posterior, samples.to_numpy(), truth, request),
-        "checks": checks,
-        "files": {
-            "data": "data.npz", "model": "model", "samples": "posterior_samples.csv",
-            **({"reference": "reference_samples.csv"} if target.reference is not None else {}),
-        },
+        "spent": _spent(target, report, data, test_rows * m),
+        "files": {"data": "data.npz", "reference": "reference_samples.csv" if exact is not None else None},
     }
+    if exact is not None:
+        exact.to_csv(out / "reference_samples.csv", index=False)
+    records, log_q = [], {}
+    for name, estimator in estimators.items():
+        if len(estimators) > 1:
+            say(f"{name}:")
+        try:
+            estimator.fit(data, ensemble=request.ensemble, progress=request.progress)
+        except TrainingError as error:
+            if len(estimators) == 1:
+                raise
+            records.append({"name": name, "error": str(error)})
+            say(f"failed: {error}")
+            continue
+        record, arrays = _infer(target, request, estimator, observed, truth, tests if n_tests else None, out / name)
+        record.update(name=name, error=None, **_cost_of(estimator, results, data))
+        records.append(record)
+        log_q[name] = arrays.get("log_q", np.empty(0))
+    if not log_q:
+        raise TrainingError("; ".join(f"{record['name']}: {record['error']}" for record in records))
+    results["strategies"] = records
+    results["comparison"] = compare(records, log_q)
     results["verdict"] = verdict(results)
     partial = out / "results.json.partial"
     partial.write_text(json.dumps(_plain(results), indent=1))
@@ -148,13 +164,106 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     return results
 
 
+def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) -> NPE | NLE:
+    usual = kind == target.estimator  # the task's density and embedding suit that
+    options: dict[str, Any] = {
+        "strategy": strategy, "density": target.density if usual else "nsf", "x_transform": target.x_transform,
+        "training": request.training, "device": request.device, "seed": child_seed(request.seed, 1),
+    }
+    if kind == "nle":
+        return NLE(target.prior, **options)
+    return NPE(target.prior, embedding=target.embedding if usual else None, **options)
+
+
+def _infer(
+    target: Target, request: RunRequest, estimator: NPE | NLE, observed: Tensor | None, truth: Tensor | None,
+    tests: _Tests | None, folder: Path,
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Saves a trained estimator, draws from its posterior and checks it."""
+    say = request.say or (lambda text: None)
+    estimator.save(folder / "model")
+    say(f"trained {len(estimator.networks)} networks in {sum(h.seconds for h in estimator.histories):.0f} s")
+    posterior: Any = estimator.posterior(observed)
+    record: dict[str, Any] = {
+        "options": strategy_to_config(estimator.strategy)["options"] if estimator.strategy else {},
+        "training": [_trained(history) for history in estimator.histories],
+        "posterior": None,
+        "checks": None,
+        "files": {"model": f"{folder.name}/model"},
+    }
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    with warnings.catch_warnings():
+        # A chain that has not converged is in the results and the verdict.
+        warnings.filterwarnings("ignore", message="MCMC has not converged")
+        if observed is not None:
+            samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
+            samples.to_csv(folder / "posterior_samples.csv", index=False)
+            record["posterior"] = _summary(posterior, samples.to_numpy(), truth, request)
+            record["files"]["samples"] = f"{folder.name}/posterior_samples.csv"
+        if tests is not None:
+            say(f"checking on {len(tests.theta)} test simulations")
+            is_set = isinstance(estimator, NLE)
+            known = target.reference is not None and (not is_set or tests.x.shape[1] == 1)
+            checks, arrays = check_posterior(
+                posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
+                seed=child_seed(request.seed, 3), reference=target.reference if known else None,
+                reference_x=tests.x[:, 0] if is_set else None,
+            )
+            if isinstance(estimator, NLE) and target.likelihood is not None:
+                theta, x = target.test(min(target.most_rows, _LIKELIHOOD_ROWS), request.seed)
+                checks["likelihood_kld"] = vars(check_likelihood(estimator.likelihood, target.likelihood, theta, x))
+            record["checks"] = checks
+            np.savez(folder / "checks.npz", **arrays)  # type: ignore[arg-type]
+    return record, arrays
+
+
+def _cost_of(estimator: NPE | NLE, results: Mapping[str, Any], data: MultilevelData) -> dict[str, Any]:
+    """Runs that a strategy reads, and what they cost; all of them cost what the campaign did."""
+    everything = count_runs(data.n)
+    runs = estimator.strategy.runs(data.n) if estimator.strategy is not None else everything
+    costs = [level["cost"] for level in results["levels"]]
+    cost = results["spent"]["cost"] if runs == everything else sum(r * c for r, c in zip(runs, costs, strict=True))
+    return {"runs": runs, "cost": cost}
+
+
+def _draw_exact(target: Target, request: RunRequest, kind: str, observed: Tensor | None) -> pd.DataFrame | None:
+    """Draws from the exact posterior of the observation, where it is known, on its own or through the likelihood."""
+    seed = child_seed(request.seed, 6)
+    if observed is None:
+        return None
+    names = list(parameter_names(target.prior))
+    single = kind == "npe" or len(observed) == 1
+    if target.reference is not None and single:
+        x = observed[0] if kind == "nle" else observed
+        return pd.DataFrame(target.reference.sample(request.draws, x, seed).numpy(), columns=names)
+    if target.likelihood is None:
+        return None
+    sets = observed if kind == "nle" else observed[None]
+    posterior = MCMCPosterior(target.likelihood, target.prior, tuple(sets.shape[1:]), sets,
+                              mcmc=MCMCOptions(method="emcee"))
+    return posterior.to_frame(request.draws, seed=seed)
+
+
+def _asked(
+    target: Target, request: RunRequest, estimator: NPE | NLE, n_asked: tuple[int, ...] | None, m: int
+) -> dict[str, Any]:
+    embedding = embedding_to_config(estimator.embedding)
+    return {
+        "task": target.name, "title": target.title, "citation": target.citation, "estimator": estimator.kind,
+        "strategies": list(request.strategies), "density": builder_to_config(estimator.builder),
+        "embedding": embedding if isinstance(embedding, dict) else None, "x_transform": estimator.x_transform,
+        "training": asdict(request.training), "budget": request.budget, "n": n_asked, "seed": request.seed,
+        "device": request.device, "ensemble": request.ensemble, "observations": m,
+        "parameters": list(parameter_names(target.prior)),
+    }
+
+
 def _clear(out: Path) -> None:
     """Removes what an earlier run left, so that nothing of it is taken for this one's."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "report.html", "data.npz", "pilot.npz", "checks.npz", "posterior_samples.csv",
-                 "reference_samples.csv"):
+    for name in ("results.json", "report.html", "data.npz", "pilot.npz", "reference_samples.csv"):
         (out / name).unlink(missing_ok=True)
-    for pattern in ("figures/*.png", "model/model.*"):
+    for pattern in ("figures/*.png", "*/model/model.*", "*/posterior_samples.csv", "*/checks.npz"):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -169,7 +278,12 @@ def check_budget(target: Target, budget: float, pilot_rows: int) -> None:
                          f"{floor:g}. Give a larger --budget, or fewer --pilot rows (at least 8).")
 
 
-def _check_request(target: Target, request: RunRequest) -> tuple[int, ...] | None:
+def _check_request(target: Target, request: RunRequest, kind: str) -> tuple[int, ...] | None:
+    if request.observations is not None and kind != "nle":
+        raise ValueError("--observations is for likelihoods (--estimator nle): a posterior network reads one x.")
+    if request.observations is not None and request.observations > 1 and target.stack is None:
+        raise ValueError(f"'{target.name}' is a fixed data set with one output at each theta: --observations must be "
+                         "1.")
     if request.budget is not None and request.n is not None:
         raise ValueError("Expected --budget or --n, not both.")
     if request.budget is not None and target.stack is None:
@@ -191,7 +305,7 @@ def _check_request(target: Target, request: RunRequest) -> tuple[int, ...] | Non
     return None
 
 
-def _read_observation(target: Target, request: RunRequest) -> Tensor | None:
+def _read_observation(target: Target, request: RunRequest, kind: str) -> Tensor | None:
     """The observation in a file, checked against the shape of a simulation before anything is spent."""
     if request.x_o is None:
         return None
@@ -210,6 +324,11 @@ def _read_observation(target: Target, request: RunRequest) -> Tensor | None:
         shape = target.test(1, request.seed)[1].shape[1:]
     if x.ndim == 0 and shape.numel() == 1:
         x = x.reshape(shape)
+    if kind == "nle":
+        try:
+            return read_set(x[:, None] if shape.numel() == 1 and x.ndim == 1 else x, tuple(shape))[0]
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit: {error}") from error
     if tuple(x.shape) not in (tuple(shape), (1, *shape)) or not bool(torch.isfinite(x).all()):
         raise ValueError(f"Expected a finite observation of shape {tuple(shape)} in {path}; got {tuple(x.shape)}.")
     return x.reshape(shape)
@@ -220,7 +339,7 @@ def _comma(path: Path) -> str | None:
 
 
 def _simulate(
-    target: Target, request: RunRequest, n: tuple[int, ...] | None, say: Any
+    target: Target, request: RunRequest, kind: Literal["npe", "nle"], n: tuple[int, ...] | None, say: Any
 ) -> tuple[PilotReport | None, Allocation | None, MultilevelData]:
     if target.simulate_data is not None and n is not None:
         return None, None, target.simulate_data(n, request.seed)
@@ -229,8 +348,8 @@ def _simulate(
     if n is not None:
         return None, None, simulate(target.stack, n, seed=request.seed, workers=request.workers,
                                     progress=request.progress)
-    report = pilot(target.stack, request.pilot_rows, seed=request.seed, device=request.device,
-                   workers=request.workers, progress=request.progress)
+    report = pilot(target.stack, request.pilot_rows, seed=request.seed, estimator=kind, x_transform=target.x_transform,
+                   device=request.device, workers=request.workers, progress=request.progress)
     report.data.save(request.out / "pilot.npz")  # paid for: kept whatever happens next
     plan = optimal_allocation(report, budget=request.budget, minimum=FEWEST_ROWS)
     say(f"{report}\n\n{plan}\n")
@@ -292,7 +411,7 @@ def _trained(history: Any) -> dict[str, Any]:
 
 
 def _summary(
-    posterior: DirectPosterior, samples: np.ndarray[Any, Any], truth: Tensor | None, request: RunRequest
+    posterior: Any, samples: np.ndarray[Any, Any], truth: Tensor | None, request: RunRequest
 ) -> dict[str, Any]:
     prior = posterior.prior
     prior_sd = sample_prior(prior, 4000, seed=child_seed(request.seed, 4)).std(0)
@@ -306,7 +425,13 @@ def _summary(
         "quantiles": dict(zip(("0.05", "0.5", "0.95"), quantiles, strict=True)),
         "map": posterior.map(seed=child_seed(request.seed, 5)).tolist(),
         "shrinkage": sd / prior_sd.numpy(),
+        "mcmc": _chain(posterior),
     }
+
+
+def _chain(posterior: Any) -> dict[str, Any] | None:
+    found = getattr(posterior, "convergence", ())
+    return {**asdict(found[0]), "warning": found[0].warning} if found else None
 
 
 def _plain(value: Any) -> Any:

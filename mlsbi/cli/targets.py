@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -15,7 +15,8 @@ from mlsbi.levels import LevelStack
 from mlsbi.loading import load_stack
 from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.seeding import TEST_STREAM
-from mlsbi.tasks.task import Reference
+from mlsbi.simulation.sets import simulate_sets
+from mlsbi.tasks.task import Likelihood, Reference
 
 __all__ = ["Target", "find_target"]
 
@@ -34,12 +35,31 @@ class Target:
     default_n: tuple[int, ...] | None
     default_tests: int
     most_tests: int | None
+    most_rows: int
     density: Any
+    embedding: Any
+    x_transform: Literal["none", "asinh"]
+    estimator: Literal["npe", "nle"]
+    observations: int
     reference: Reference | None
+    likelihood: Likelihood | None
     x_axis: Sequence[float] | None
     x_label: str
     simulate_data: Callable[[Sequence[int], int], MultilevelData] | None
     test: Callable[[int, int], tuple[Tensor, Tensor]]
+
+    def test_sets(self, n: int, m: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Theta `(n, D)` and sets of m outputs of the highest level `(n, m, ...)`.
+
+        Raises:
+            ValueError: If a fixed data set is asked for more than one output at the same theta.
+        """
+        if self.stack is not None:
+            return simulate_sets(self.stack, -1, n, m, seed=seed, stream=TEST_STREAM)
+        if m > 1:
+            raise ValueError(f"'{self.name}' is a fixed data set with one output at each theta; got {m} observations.")
+        theta, x = self.test(n, seed)
+        return theta, x[:, None]
 
 
 def find_target(name: str, options: dict[str, Any]) -> Target:
@@ -58,8 +78,9 @@ def find_target(name: str, options: dict[str, Any]) -> Target:
         stack = load_stack(name)
         return Target(
             name=name, title="Own stack.", citation="", prior=stack.prior, level_names=stack.names,
-            level_costs=stack.costs, stack=stack, default_n=None, default_tests=0, most_tests=None,
-            density="nsf", reference=None, x_axis=None, x_label="output", simulate_data=None,
+            level_costs=stack.costs, stack=stack, default_n=None, default_tests=0, most_tests=None, most_rows=0,
+            density="nsf", embedding=None, x_transform="none", estimator="npe", observations=1, reference=None,
+            likelihood=None, x_axis=None, x_label="output", simulate_data=None,
             test=lambda n, seed: simulate_level(stack, -1, n, seed=seed, stream=TEST_STREAM),
         )
     task = tasks.get(name, **options)
@@ -67,7 +88,9 @@ def find_target(name: str, options: dict[str, Any]) -> Target:
         name=name, title=task.title, citation=task.citation, prior=task.prior, level_names=task.level_names,
         level_costs=task.level_costs, stack=task.stack, default_n=task.budgets[-1],
         default_tests=min(task.test_rows, 400), most_tests=task.test_rows if task.stack is None else None,
-        density=task.density, reference=task.reference, x_axis=task.x_axis,
+        most_rows=task.test_rows,
+        density=task.density, embedding=task.embedding, x_transform=task.x_transform, estimator=task.estimator,
+        observations=task.observations, reference=task.reference, likelihood=task.likelihood, x_axis=task.x_axis,
         x_label=task.x_names[0] if task.x_names else "output",
         simulate_data=task.simulate if task.stack is None else None, test=task.test,
     )

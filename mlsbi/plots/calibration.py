@@ -49,7 +49,7 @@ def coverage(levels_by_name: Mapping[str, ArrayLike]) -> Figure:
         found = np.searchsorted(np.sort(levels), _STATED, side="right") / len(levels)
         axes.plot(_STATED, found, color=colour, linewidth=1.8, label=name)
     axes.text(0.05, 0.66, "under-confident:\nregions too wide", fontsize=TEXT, color=GREY, va="top")
-    axes.text(0.97, 0.30, "over-confident:\nregions too narrow", fontsize=TEXT, color=GREY, ha="right", va="top")
+    axes.text(0.97, 0.14, "over-confident:\nregions too narrow", fontsize=TEXT, color=GREY, ha="right", va="top")
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     dress(axes, title=f"Coverage of credible regions, n = {n} test observations", x="stated credibility",
           y="share of regions that hold the truth", grid="both")
@@ -104,7 +104,7 @@ def ranks(ranks: ArrayLike, n: int, names: Sequence[str] | None = None) -> Figur
         dress(axes, title=labels[index], x="rank / draws" if last else "", y="count / expected" if index % columns == 0
               else "")
         axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.5, 1])
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])  # short, for those of panels beside each other meet
         axes.tick_params(labelbottom=last)
     tallest = max(float(np.max(high)), *(axes.dataLim.y1 for axes in panels[:dim]))
     panels[0].set_ylim(0, 1.1 * tallest)

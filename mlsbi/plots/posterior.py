@@ -50,8 +50,8 @@ def pairs(
 ) -> Figure:
     r"""Densities of posterior draws: single parameters on the diagonal, pairs below it.
 
-    Contours hold 50% and 90% of the draws; densities are smoothed histograms, reflected at the edges of the box. With
-    one parameter the prior is drawn too.
+    Contours hold 50% and 90% of the draws, 50% alone where several posteriors are compared; densities are smoothed
+    histograms, reflected at the edges of the box.
 
     Args:
         samples: Posterior draws, shape `(n, D)`, or several sets of them by name.
@@ -77,6 +77,7 @@ def pairs(
     if box is not None and not (box[0] < box[1]).all():
         raise ValueError(f"Expected low < high for every parameter; got {box[0].tolist()} and {box[1].tolist()}.")
     limits = box if box is not None else _limits(sets, true)
+    masses = _MASSES if sum(draws.line == "-" for draws in sets) == 1 else _MASSES[1:]
 
     if dim == 1:
         return _draw_single(sets, titles[0], true, box, limits[:, 0])
@@ -95,7 +96,7 @@ def pairs(
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
         else:
-            _draw_joint(axes, sets, column, row, true, box)
+            _draw_joint(axes, sets, (column, row), true, box, masses)
             dress(axes, y=titles[row] if column == 0 else "", grid=None)
             axes.set_ylim(*limits[:, row])
             axes.yaxis.set_major_locator(MaxNLocator(3, prune="both"))
@@ -108,8 +109,9 @@ def pairs(
             axes.set_xlabel(titles[column])
     figure.align_labels()
     figure.legend(
-        handles=_handles(sets, true, box, contours=True), loc="upper right", frameon=False, fontsize=TEXT,
-        labelcolor=BLACK, handlelength=1.8,
+        handles=_handles(sets, true, box), loc="upper right", frameon=False, fontsize=TEXT, labelcolor=BLACK,
+        handlelength=1.8, title=f"regions that hold {' and '.join(f'{mass:.0%}' for mass in sorted(masses))}",
+        title_fontproperties={"size": TEXT}, alignment="left",
     )  # fmt: skip
     return figure
 
@@ -117,14 +119,14 @@ def pairs(
 def _draw_single(
     sets: Sequence[_Draws], name: str, truth: Array | None, box: Array | None, limits: Array
 ) -> Figure:
-    figure = new_figure(5.6, 3.5)
+    figure = new_figure(6.8, 3.5)
     axes = figure.add_subplot()
     _draw_marginal(axes, sets, 0, truth, box)
     dress(axes, title=f"Posterior of {_heading(name, sets, 0, lines=1)}", x=name, y="density")
     axes.set_xlim(*limits)
     axes.set_ylim(bottom=0)
-    handles = _handles(sets, truth, box, contours=False)
-    axes.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=BLACK, handlelength=1.8)
+    figure.legend(handles=_handles(sets, truth, box), loc="outside right upper", frameon=False, fontsize=TEXT,
+                  labelcolor=BLACK, handlelength=1.8)
     return figure
 
 
@@ -144,12 +146,14 @@ def _draw_marginal(axes: Axes, sets: Sequence[_Draws], index: int, truth: Array 
 
 
 def _draw_joint(
-    axes: Axes, sets: Sequence[_Draws], x: int, y: int, truth: Array | None, box: Array | None
+    axes: Axes, sets: Sequence[_Draws], pair: tuple[int, int], truth: Array | None, box: Array | None,
+    masses: Sequence[float],
 ) -> None:
+    x, y = pair
     for draws in sets:
         values = draws.values[:, [x, y]]
         density, edges = _density(values, box if box is None else box[:, [x, y]], _BINS_2D)
-        thresholds = _thresholds(density, _MASSES)
+        thresholds = _thresholds(density, masses)
         grid = [np.concatenate([edge[:1], (edge[1:] + edge[:-1]) / 2, edge[-1:]]) for edge in edges]
         density = np.pad(density, 1, mode="edge").T
         if len(thresholds) == 0:
@@ -210,9 +214,8 @@ def _heading(name: str, sets: Sequence[_Draws], index: int, *, lines: int = 2) -
     return f"{name}\n{numbers}" if lines == 2 else f"{name}: {numbers}"
 
 
-def _handles(sets: Sequence[_Draws], truth: Array | None, box: Array | None, *, contours: bool) -> list[Line2D]:
-    suffix = " (50% and 90%)" if contours else ""
-    handles = [Line2D([], [], color=d.colour, linestyle=d.line, linewidth=1.6, label=d.label + suffix) for d in sets]
+def _handles(sets: Sequence[_Draws], truth: Array | None, box: Array | None) -> list[Line2D]:
+    handles = [Line2D([], [], color=d.colour, linestyle=d.line, linewidth=1.6, label=d.label) for d in sets]
     if box is not None:
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="prior"))
     if truth is not None:
@@ -235,7 +238,7 @@ def _read_sets(
     if not given:
         raise ValueError("Expected at least one set of posterior draws; got an empty dictionary.")
     found = [
-        _Draws(_read_draws(str(name), values), str(name), COLOURS[index % len(COLOURS)], filled=index == 0)
+        _Draws(_read_draws(str(name), values), str(name), COLOURS[index % len(COLOURS)], filled=len(given) == 1)
         for index, (name, values) in enumerate(given.items())
     ]
     if reference is not None:

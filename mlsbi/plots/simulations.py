@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 from mlsbi.plots.style import BLACK, GREY, TEXT, add_legend, add_note, dress, level_colours, log_ticks, new_figure
 
@@ -24,6 +25,8 @@ Array = np.ndarray[Any, Any]
 _MARKED = 25  # more outputs than this are drawn without markers
 _DECADE = 10.0
 _WIDE = 300.0  # ratio of largest to smallest output from which they are drawn on a log scale
+_APART = 0.09  # of an axis, between its ticks
+_TAILS = 10.0  # interquartile ranges that a single output spans from which it is drawn on a scale that shrinks tails
 
 
 def coupled(
@@ -37,7 +40,8 @@ def coupled(
     r"""Fine and coarse twins of the first finest pairs over each other, and their correlation output by output.
 
     Outputs that are not vectors are flattened, and the axis label says so. A single output is drawn as one scatter of
-    fine against coarse. Data of one level shows that level's own samples.
+    fine against coarse, on axes that are linear near zero and logarithmic far from it where its tails are long. Data
+    of one level shows that level's own samples.
 
     Args:
         data: Coupled simulations; only the finest level's pairs are drawn.
@@ -132,22 +136,56 @@ def _draw_correlation(axes: Axes, place: Array, fine: Array, coarse: Array, x_la
 
 
 def _scatter(fine: Array, coarse: Array | None, labels: Sequence[str], x_label: str) -> Figure:
-    """The one figure of data with a single output."""
-    figure = new_figure(4.6, 4.2)
+    """The one figure of data with a single output; far tails, which would hide all the rest, are drawn shrunk."""
+    figure = new_figure(4.6, 4.4)
     axes = figure.add_subplot()
-    low, high = level_colours(2)
+    colour = level_colours(1)[0]
+    both = fine if coarse is None else np.concatenate([fine, coarse])
+    ends = [float(both.min()), float(both.max())]
+    low, middle, high = np.quantile(both, [0.25, 0.5, 0.75])
+    tails = high > low and ends[1] - ends[0] > _TAILS * (high - low)
+    width = max(float(high - low), abs(float(middle)))
+    if tails:
+        x_label = f"{x_label} (tails shrunk)"
     if coarse is None:
-        axes.hist(fine, bins=min(40, max(5, len(fine) // 10)), color=high, alpha=0.8)
+        edges: Any = min(40, max(5, len(fine) // 10))
+        if tails:
+            first, last = np.arcsinh(np.divide(ends, width))
+            edges = width * np.sinh(np.linspace(first, last, edges + 1))
+            edges[[0, -1]] = ends  # rounding must not leave them out
+        axes.hist(fine, bins=edges, color=colour, alpha=0.8)
         dress(axes, title=f"{len(fine):,} samples of '{labels[0]}'", x=x_label, y="samples")
-        return figure
-    ends = [float(min(fine.min(), coarse.min())), float(max(fine.max(), coarse.max()))]
-    axes.plot(ends, ends, color=GREY, linewidth=1.0, linestyle="--", label="fine = coarse")
-    axes.scatter(coarse, fine, s=14, color=high, alpha=0.7, linewidths=0)
-    r = _correlations(fine[:, None], coarse[:, None])[0]
-    dress(axes, title=f"Twins at the same parameters and noise:\ncorrelation {r:.3f} over {len(fine):,} pairs",
-          x=f"{x_label} of '{labels[1]}'", y=f"{x_label} of '{labels[0]}'", grid="both")
-    add_legend(axes, loc="upper left")
+    else:
+        axes.plot(ends, ends, color=GREY, linewidth=1.0, linestyle="--", label="the two agree")
+        axes.scatter(coarse, fine, s=14, color=colour, alpha=0.7, linewidths=0)
+        r, ranks = (_correlations(a[:, None], b[:, None])[0]
+                    for a, b in ((fine, coarse), (rankdata(fine), rankdata(coarse))))
+        dress(axes, title=f"Twins at the same parameters and noise, {len(fine):,} pairs:\ncorrelation {r:.3f}, of "
+              f"their ranks {ranks:.3f}", x=f"'{labels[1]}': {x_label}", y=f"'{labels[0]}': {x_label}", grid="both")
+        add_legend(axes, loc="upper left")
+    if tails:
+        ticks = _tail_ticks(ends, width)
+        told = [f"{tick:g}".replace("-", "\u2212") for tick in ticks]
+        axes.set_xscale("asinh", linear_width=width)
+        axes.set_xticks(ticks, told)
+        axes.set_xticks([], minor=True)
+        if coarse is not None:
+            axes.set_yscale("asinh", linear_width=width)
+            axes.set_yticks(ticks, told)
+            axes.set_yticks([], minor=True)
     return figure
+
+
+def _tail_ticks(ends: Sequence[float], width: float) -> list[float]:
+    """Zero, powers of ten and their doubles and halves, as many as stand apart on an asinh axis."""
+    low, high = np.arcsinh(np.divide(ends, width))
+    powers = 10.0 ** np.arange(np.floor(np.log10(width)), np.log10(np.abs(ends).max()))[::-1]
+    kept: list[float] = []
+    for tick in [0.0, *(factor * sign * power for factor in (1, 2, 5) for power in powers for sign in (1, -1))]:
+        place = np.arcsinh(tick / width)
+        if low <= place <= high and all(abs(place - np.arcsinh(one / width)) > _APART * (high - low) for one in kept):
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _correlations(fine: Array, coarse: Array) -> Array:

@@ -12,7 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mlsbi.plots.style import COLOURS, GREY, add_legend, add_note, axis_names, dress, level_colours, new_figure
+from mlsbi.plots.style import (
+    BLACK,
+    COLOURS,
+    GREY,
+    TITLE,
+    add_legend,
+    add_note,
+    axis_names,
+    dress,
+    level_colours,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from mlsbi.training.loop import History
@@ -30,12 +41,14 @@ def losses(histories: Sequence[History | pd.DataFrame], names: Sequence[str] | N
     r"""Losses over epochs and, in multilevel training, what its terms, weights and gradients did.
 
     Panels with nothing to show are left out: one level alone has no correction, and weights that never change
-    are no curve.
+    are no curve. Transfer learning has one panel a stage, each with epochs of its own, for the networks of an ensemble
+    begin a stage at different ones; the last stage picks the weights.
 
     Args:
         histories: One per ensemble member, drawn as thin lines: `History`, or frames with the columns of
             `History.to_frame()` and, to mark the kept epoch, a column `best_epoch`.
-        names: Level names, cheapest first; not needed where one level alone was trained on.
+        names: Level names, cheapest first; not needed where one level alone was trained on. Transfer learning may
+            leave the finest out of its stages.
 
     Raises:
         ValueError: If there is no history or none has an epoch, or `names` do not fit.
@@ -43,6 +56,8 @@ def losses(histories: Sequence[History | pd.DataFrame], names: Sequence[str] | N
     frames = [_frame(history) for history in histories]
     if not frames or any(len(frame) == 0 or "loss" not in frame for frame in frames):
         raise ValueError("Expected at least one history, each with at least one epoch and a loss. Train first.")
+    if any("stage" in frame for frame in frames):
+        return _draw_stages(frames, names)
     levels = 1 + sum(column.startswith("fine_") for column in frames[0].columns if column != "fine_0")
     labels = [f"level {level}" for level in range(levels)]
     if names is not None and levels > 1:
@@ -72,6 +87,32 @@ def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
     if isinstance(history, pd.DataFrame):
         return history
     return history.to_frame().assign(best_epoch=history.best_epoch)
+
+
+def _draw_stages(frames: Sequence[pd.DataFrame], names: Sequence[str] | None) -> Figure:
+    """One panel a stage of transfer learning."""
+    count = 1 + max(int(_column(frame, "stage").max()) for frame in frames)
+    if names is not None and len(names) < count:
+        raise ValueError(f"Expected at least {count} names, one per stage; got {len(names)}: {list(names)}.")
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = new_figure(9.0 if count > 1 else 6.4, 3.5 * rows)
+    members = f" ({len(frames)} networks)" if len(frames) > 1 else ""
+    for stage in range(count):
+        axes = figure.add_subplot(rows, columns, stage + 1)
+        _draw_losses(axes, [_stage(frame, stage) for frame in frames])
+        name = f"level {stage}" if names is None else names[stage]
+        axes.set_title(f"Stage {stage + 1}: {name}{members}", fontsize=TITLE, color=BLACK, loc="left")
+        if stage % columns:
+            axes.set_ylabel("")
+    return figure
+
+
+def _stage(frame: pd.DataFrame, stage: int) -> pd.DataFrame:
+    """The epochs of one stage, the epoch kept counted from its first: beyond its last where a later stage has it."""
+    inside = _column(frame, "stage") == stage
+    part = frame[inside].reset_index(drop=True)
+    return part.assign(best_epoch=part["best_epoch"] - int(np.argmax(inside))) if "best_epoch" in part else part
 
 
 def _draw_losses(axes: Axes, frames: Sequence[pd.DataFrame]) -> None:

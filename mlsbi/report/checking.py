@@ -4,51 +4,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlsbi.diagnostics import coverage, hpd_levels, kld, nlpd, sbc_ranks, uniformity
-from mlsbi.inference.posteriors import DirectPosterior
+from mlsbi.diagnostics import (
+    Score,
+    calibration_error,
+    coverage,
+    folded_uniformity,
+    fom,
+    hpd_levels,
+    kld,
+    mse,
+    nlpd,
+    nrmse,
+    rank_uniformity,
+    sbc_ranks,
+    tarp_levels,
+    uniformity,
+)
+from mlsbi.priors import sample_prior
 from mlsbi.randomness import child_seed
-from mlsbi.tasks.task import Reference
+from mlsbi.tasks.task import Likelihood, Reference
 
-__all__ = ["ALARM", "CREDIBILITY", "check_posterior", "verdict"]
+__all__ = ["ALARM", "CREDIBILITY", "Posterior", "check_likelihood", "check_posterior", "compare", "verdict"]
 
 CREDIBILITY = (0.5, 0.8, 0.9, 0.95)
 ALARM = 0.01
 """P-value below which a deviation from uniformity is called one, over all tests of a kind."""
 
 _EXACT_ROWS, _EXACT_DRAWS = 50, 200
+_PRIOR_DRAWS = 4000
+
+
+class Posterior(Protocol):
+    """What the checks ask of a posterior, sampled directly or by MCMC."""
+
+    prior: Any
+
+    def sample_batched(self, sample_shape: Sequence[int], x: Any, seed: int | None = None) -> Tensor:
+        """Draws `(n, B, D)` at observations `(B, ...)`."""
+        ...
+
+    def log_prob_batched(self, theta: Any, x: Any) -> Tensor:
+        """Log density `(n, B)` of theta `(n, B, D)`, up to `log_normaliser`."""
+        ...
+
+    def log_normaliser(self, x: Any, *, draws: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Log of the density's integral, shape `(B,)`."""
+        ...
 
 
 def check_posterior(
-    posterior: DirectPosterior, theta: Tensor, x: Tensor, *, draws: int, seed: int, reference: Reference | None = None
+    posterior: Posterior, theta: Tensor, x: Tensor, *, draws: int, seed: int, reference: Reference | None = None,
+    reference_x: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     r"""Scores a posterior on test pairs that no network has seen.
 
     Args:
         posterior: The posterior.
         theta: True parameters, shape `(B, D)`.
-        x: Observations of the highest level, shape `(B, ...)`.
+        x: Observations of the highest level, shape `(B, ...)`, or sets of them `(B, m, ...)` for a likelihood.
         draws: Posterior draws per observation.
         seed: Seed of the draws.
-        reference: The exact posterior, where it is known.
+        reference: The exact posterior given x, where it is known.
+        reference_x: The observations as the reference reads them, where that is not x: a set of one is a single x.
 
     Returns:
         Summary for `results.json`, and the arrays behind it: levels, ranks, log densities.
     """
-    log_q = posterior.log_prob_batched(theta[None], x)[0]
     samples = posterior.sample_batched((draws,), x, seed=child_seed(seed, 0))
-    levels = hpd_levels(log_q.numpy(), posterior.log_prob_batched(samples, x).numpy())
+    normaliser = posterior.log_normaliser(x, draws=samples, seed=child_seed(seed, 2))
+    log_q = posterior.log_prob_batched(theta[None], x)[0] - normaliser
+    levels = hpd_levels(log_q.numpy(), (posterior.log_prob_batched(samples, x) - normaliser).numpy())
     ranks = sbc_ranks(theta.numpy(), samples.numpy())
-    score = nlpd(log_q.numpy())
+    box = _box(posterior.prior)
+    tarp = tarp_levels(theta.numpy(), samples.numpy(), low=box[0], high=box[1], seed=child_seed(seed, 3) % 2**32)
+    error = calibration_error(levels)
     found: dict[str, Any] = {
         "n_test": len(theta),
         "draws": draws,
-        "nlpd": vars(score),
+        "nlpd": vars(nlpd(log_q.numpy())),
         "prior_nlpd": float(-posterior.prior.log_prob(theta).double().mean()),
         "reference_nlpd": None,
         "kld": None,
@@ -57,31 +96,104 @@ def check_posterior(
             "found": coverage(levels, CREDIBILITY).tolist(),
             "p": uniformity(levels),
         },
-        "sbc": {"p": [uniformity((column + 0.5) / (draws + 1)) for column in ranks.T]},
+        "sbc": {"p": rank_uniformity(ranks, draws).tolist()},
+        "tarp": {"p": folded_uniformity(tarp)},
+        "calibration_error": {"value": error.value, "null": error.null, "null_sd": error.null_sd},
+        "fom": vars(fom(samples.numpy(), *box)),
+        "mse": mse(theta.numpy(), samples.numpy()).tolist(),
+        "nrmse": nrmse(theta.numpy(), samples.numpy(), scale=_prior_sd(posterior.prior)).tolist(),
+        "likelihood_kld": None,
+        "mcmc": _chains(posterior),
     }
     if reference is not None:
-        found["reference_nlpd"] = nlpd(reference.log_prob(theta, x).numpy()).mean
-        found["kld"] = vars(_against(reference, posterior, x[:_EXACT_ROWS], seed))
-    return found, {"hpd_levels": levels, "ranks": ranks, "log_q": log_q.numpy()}
+        plain = x if reference_x is None else reference_x
+        found["reference_nlpd"] = nlpd(reference.log_prob(theta, plain).numpy()).mean
+        few = slice(_EXACT_ROWS)
+        found["kld"] = vars(_against(reference, plain[few], posterior, x[few], normaliser[few], seed))
+    arrays = {"hpd_levels": levels, "ranks": ranks, "tarp_levels": tarp, "log_q": log_q.numpy()}
+    return found, arrays
 
 
-def _against(reference: Reference, posterior: DirectPosterior, x: Tensor, seed: int) -> Any:
+def check_likelihood(likelihood: Likelihood, exact: Likelihood, theta: Tensor, x: Tensor) -> Score:
+    r"""Kullback-Leibler divergence of a likelihood from the exact one, over test rows.
+
+    .. math:: E_{(\theta, x)} [\log p(x | \theta) - \log q(x | \theta)]
+
+    Args:
+        likelihood: The one to judge.
+        exact: The exact one.
+        theta: Parameters of the rows, shape `(n, D)`.
+        x: Outputs of the highest level at them, shape `(n, ...)`.
+    """
+    with torch.no_grad():
+        log_p, log_q = exact(x, theta).double(), likelihood(x, theta).double().cpu()
+    return kld((log_p - log_q).numpy()[None], np.zeros((1, len(theta))))
+
+
+def compare(records: Sequence[Mapping[str, Any]], log_q: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any] | None:
+    """Which strategy has the least negative log density, and by how much, on the same test observations.
+
+    Args:
+        records: Name and checks of every strategy.
+        log_q: Log densities at the true parameters by name, each `(B,)`, over the same observations.
+
+    Returns:
+        `best`, and `behind`: mean and standard error of every other one's loss of log density, observation by
+        observation; `None` where fewer than two were checked.
+    """
+    scores = {record["name"]: record["checks"]["nlpd"]["mean"] for record in records if record.get("checks")}
+    if len(scores) < 2:
+        return None
+    best = min(scores, key=lambda name: scores[name] if math.isfinite(scores[name]) else math.inf)
+    behind = {name: vars(nlpd(log_q[name] - log_q[best])) for name in scores if name != best}
+    return {"best": best, "behind": behind}
+
+
+def _box(prior: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Edges in which parameters are scaled: those of a box prior, else of nearly all of its draws."""
+    if hasattr(prior, "low") and hasattr(prior, "high"):
+        return prior.low.numpy(), prior.high.numpy()
+    low, high = np.quantile(sample_prior(prior, _PRIOR_DRAWS, seed=0).numpy(), [0.001, 0.999], axis=0)
+    return low, high
+
+
+def _prior_sd(prior: Any) -> np.ndarray[Any, Any]:
+    return sample_prior(prior, _PRIOR_DRAWS, seed=0).std(0).numpy()
+
+
+def _chains(posterior: Any) -> dict[str, Any] | None:
+    """How the chains of the test observations went, for a posterior sampled by MCMC."""
+    found = getattr(posterior, "convergence", ())
+    if not found:
+        return None
+    return {"chains": len(found), "converged": sum(one.converged for one in found), "method": found[0].method,
+            "least_effective": min(min(one.effective) for one in found)}
+
+
+def _against(
+    reference: Reference, plain: Tensor, posterior: Posterior, x: Tensor, normaliser: Tensor, seed: int
+) -> Score:
     exact = torch.stack([
-        reference.sample(_EXACT_DRAWS, row, child_seed(seed, 1, index)) for index, row in enumerate(x)
+        reference.sample(_EXACT_DRAWS, row, child_seed(seed, 1, index)) for index, row in enumerate(plain)
     ], dim=1).to(torch.get_default_dtype())  # (draws, B, D)
-    flat, rows = exact.reshape(-1, exact.shape[-1]), x.repeat(_EXACT_DRAWS, *([1] * (x.ndim - 1)))
+    flat, rows = exact.reshape(-1, exact.shape[-1]), plain.repeat(_EXACT_DRAWS, *([1] * (plain.ndim - 1)))
     log_p = reference.log_prob(flat, rows).reshape(exact.shape[:2])
-    return kld(log_p.numpy(), posterior.log_prob_batched(exact, x).numpy())
+    return kld(log_p.numpy(), (posterior.log_prob_batched(exact, x) - normaliser).numpy())
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """What a run's numbers say, in sentences, the most important first.
 
     Args:
-        results: The content of `results.json`: `checks`, `spent`, `training`.
+        results: The content of `results.json`: `strategies`, `comparison`, `spent`, `asked`.
     """
-    sentences = []
-    checks = results.get("checks")
+    records = results["strategies"]
+    best = next((record for record in records if record["name"] == (results.get("comparison") or {}).get("best")), None)
+    sentences = [*_failures(records), *_comparison(results)]
+    shown = best or next(record for record in records if not record.get("error"))
+    checks = shown["checks"]
+    if best is not None:
+        sentences.append(f"The next sentences are about '{best['name']}'.")
     if checks is None:
         sentences.append("Nothing was checked: no test simulations were made. Do not trust this posterior yet.")
     else:
@@ -89,10 +201,45 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         if checks["kld"] is not None:
             sentences.append(f"The exact posterior is known here: it scores {checks['reference_nlpd']:.2f}, and the "
                              f"divergence from it is {checks['kld']['mean']:.2f} nats per observation.")
+        if checks["likelihood_kld"] is not None:
+            sentences.append(f"The exact likelihood is known here: the divergence from it is "
+                             f"{checks['likelihood_kld']['mean']:.3f} +- "
+                             f"{checks['likelihood_kld']['standard_error']:.3f} nats per output.")
+    sentences += _convergence(shown)
     lost = sum(results["spent"]["failures"])
     if lost:
         sentences.append(f"{lost} rows had NaN or infinite output and were left out with their twins, which truncates "
                          "the prior to where simulations succeed.")
+    return sentences
+
+
+def _failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"Training '{record['name']}' failed: {record['error']}" for record in records if record.get("error")]
+
+
+def _comparison(results: Mapping[str, Any]) -> list[str]:
+    comparison = results.get("comparison")
+    if comparison is None:
+        return []
+    sentences = []
+    for name, loss in sorted(comparison["behind"].items(), key=lambda item: item[1]["mean"]):
+        told = f"'{name}' is behind by {loss['mean']:.2f} +- {loss['standard_error']:.2f} nats per observation"
+        if not math.isfinite(loss["mean"]):
+            told = f"'{name}' gives some true parameters no density at all"
+        elif loss["mean"] < 2 * loss["standard_error"]:
+            told += ", which these tests cannot tell from nothing"
+        sentences.append(told)
+    return [f"'{comparison['best']}' knows most about the parameters; {'; '.join(sentences)}."]
+
+
+def _convergence(record: Mapping[str, Any]) -> list[str]:
+    own, checked = (record["posterior"] or {}).get("mcmc"), (record["checks"] or {}).get("mcmc")
+    sentences = []
+    if own is not None and own["warning"]:
+        sentences.append(f"The chain of the observation has not converged: {own['warning']}")
+    if checked is not None and checked["converged"] < checked["chains"]:
+        sentences.append(f"{checked['chains'] - checked['converged']} of the {checked['chains']} test observations' "
+                         "chains have not converged, so that the checks themselves are uncertain.")
     return sentences
 
 

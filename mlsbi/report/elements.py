@@ -19,7 +19,7 @@ Cell: TypeAlias = str | float | int | None
 """Text, or a number that is set in figures and to the right; `None` is a dash."""
 
 _MISSING = "–"
-_FIGURES = re.compile(r"[−-]?[\d,.]+(e[+-]?\d+)?%?( \+ [\d,]+)*|–|undefined|−?∞")
+_FIGURES = re.compile(r"[−-]?[\d,.]+(e[+-]?\d+)?%?( \+ [\d,]+)*( ± [\d,.]+)?|–|undefined|−?∞")
 _LONG, _SHORT = 1e7, 1e-4  # numbers outside are written with a power of ten
 
 _STYLE = """

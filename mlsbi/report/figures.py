@@ -2,16 +2,18 @@ r"""The figures of a run, drawn from what it saved."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mlsbi import plots
 from mlsbi.data import MultilevelData
 from mlsbi.inference.saving import read_model
+from mlsbi.report.html import read_results
+from mlsbi.report.wording import Record, part, unit_of
 from mlsbi.training.loop import History
 
 __all__ = ["draw_figures"]
@@ -22,36 +24,56 @@ _DPI = 110
 def draw_figures(folder: Path) -> list[Path]:
     r"""Draws every figure that a run's files allow into `folder/figures`.
 
+    Of one strategy they are `coupled`, `pilot`, `plan`, `losses`, `posterior`, `coverage` and `ranks`. Of several,
+    `quality`, `coverage` and `posterior` show all; `losses-NAME` and `ranks-NAME` are about one, and so is
+    `posterior-NAME` of the best.
+
     Args:
-        folder: Folder of a run, with `results.json`, `data.npz` and `model`.
+        folder: Folder of a run, with `results.json`, `data.npz`, and a folder of each strategy.
 
     Returns:
         The files written.
 
     Raises:
         FileNotFoundError: If the folder holds no finished run.
+        ValueError: If its results are of another format.
     """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected the folder of a finished run; there is no {path}.")
-    results = json.loads(path.read_text())
+    results = read_results(folder)
     data = MultilevelData.load(folder / "data.npz")
-    model, _ = read_model(folder / "model")
-    figures: dict[str, Any] = {
+    names = results["asked"]["parameters"]
+    figures: dict[str, Figure] = {
         "coupled": plots.coupled(data, axis=results["observable"]["axis"], x_label=results["observable"]["label"],
-                                 names=results["posterior"]["names"]),
-        "losses": plots.losses([History(**history) for history in model["histories"]], names=list(data.names)),
-        "posterior": _posterior(folder, results, model["prior"]),
+                                 names=names),
     }
     if results["pilot"] is not None:
         table = results["pilot"]["table"]
         figures["pilot"] = plots.pilot(pd.DataFrame(table["rows"], columns=table["columns"]))
     if results["plan"] is not None:
         figures["plan"] = plots.plan(results["plan"])
-    if results["checks"] is not None:
-        with np.load(folder / "checks.npz", allow_pickle=False) as arrays:
-            figures["coverage"] = plots.coverage({results["asked"]["strategy"]: arrays["hpd_levels"]})
-            figures["ranks"] = plots.ranks(arrays["ranks"], results["checks"]["draws"], results["posterior"]["names"])
+    done = [record for record in results["strategies"] if not record["error"]]
+    several = len(results["strategies"]) > 1
+    levels: dict[str, Any] = {}
+    for record in done:
+        tail = f"-{record['name']}" if several else ""
+        model, _ = read_model(folder / record["files"]["model"])
+        histories = [History(**history) for history in model["histories"]]
+        figures[f"losses{tail}"] = plots.losses(histories, names=list(data.names))
+        if record["checks"] is not None:
+            with np.load(folder / record["name"] / "checks.npz", allow_pickle=False) as arrays:
+                levels[record["name"]] = arrays["hpd_levels"]
+                figures[f"ranks{tail}"] = plots.ranks(arrays["ranks"], record["checks"]["draws"], names)
+    if levels:
+        figures["coverage"] = plots.coverage(levels)
+    if several and levels:
+        figures["quality"] = _quality(results, [record for record in done if record["checks"] is not None])
+    drawn = [record for record in done if record["posterior"] is not None]
+    if drawn:
+        box = model["prior"]  # of every strategy the same
+        figures["posterior"] = _posterior(folder, results, drawn, box)
+        best = part(results, "comparison").get("best")
+        for record in drawn:
+            if several and record["name"] == best:
+                figures[f"posterior-{best}"] = _posterior(folder, results, [record], box)
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     for old in target.glob("*.png"):
@@ -63,15 +85,31 @@ def draw_figures(folder: Path) -> list[Path]:
     return written
 
 
-def _posterior(folder: Path, results: dict[str, Any], box: dict[str, Any] | None) -> Any:
-    samples = pd.read_csv(folder / "posterior_samples.csv").to_numpy()
+def _quality(results: Record, records: list[Record]) -> Figure:
+    scores = [record["checks"]["nlpd"] for record in records]
+    exact = records[0]["checks"]["reference_nlpd"]
+    return plots.quality(
+        [record["cost"] for record in records],
+        [float(score["mean"]) for score in scores],
+        [float(score["standard_error"]) for score in scores],
+        names=[record["name"] for record in records],
+        prior=float(records[0]["checks"]["prior_nlpd"]),
+        exact=None if exact is None else float(exact),
+        unit=unit_of(results),
+    )
+
+
+def _posterior(folder: Path, results: Record, records: list[Record], box: dict[str, Any] | None) -> Figure:
+    """Draws of these strategies over each other, and of the exact posterior where it is known."""
+    samples = {record["name"]: pd.read_csv(folder / record["files"]["samples"]).to_numpy() for record in records}
     named = results["files"].get("reference")
+    labels = list(samples) if len(results["strategies"]) > 1 else ["this posterior"]
     return plots.pairs(
         samples,
-        names=results["posterior"]["names"],
-        truth=results["posterior"]["truth"],
+        names=results["asked"]["parameters"],
+        truth=records[0]["posterior"]["truth"],
         low=None if box is None else box["low"],
         high=None if box is None else box["high"],
         reference=pd.read_csv(folder / named).to_numpy() if named else None,
-        labels=["this posterior", "exact posterior"] if named else None,
+        labels=[*labels, "exact posterior"] if named else labels,
     )

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlsbi.report import sections
+from mlsbi.report import comparing, sections, strategies
 from mlsbi.report.elements import page
 
-__all__ = ["write_report"]
+__all__ = ["read_results", "write_report"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -28,10 +28,10 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: If there is no `results.json` in the folder.
-        ValueError: If it is not a JSON object, or of a newer format.
+        ValueError: If it is not a JSON object, or of another format.
     """
     root = Path(folder)
-    results = _read_results(root)
+    results = read_results(root)
     figures = root / "figures"
     task = (results.get("asked") or {}).get("task", "a run")
     text = page(
@@ -40,9 +40,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         sections.asked(results, figures),
         sections.plan(results, figures),
         sections.spent(results),
-        sections.training(results, figures),
-        sections.posterior(results, figures),
-        sections.trust(results, figures),
+        comparing.compared(results, figures),
+        *strategies.described(results, figures),
         sections.reproduce(results),
     )
     target = root / "report.html"
@@ -52,17 +51,28 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _read_results(root: Path) -> dict[str, Any]:
-    path = root / "results.json"
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a run's `results.json`.
+
+    Raises:
+        FileNotFoundError: If there is none in the folder.
+        ValueError: If it is not a JSON object, or of another format.
+    """
+    path = Path(folder) / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(f"No results.json in '{root}'. Give the folder that `mlsbi run ... --out` wrote.")
+        raise FileNotFoundError(f"No results.json in '{folder}': it is not the folder of a finished run. Give the one "
+                                "that `mlsbi run ... --out` wrote.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}' is not JSON ({error}). Run again to write it anew.") from error
     if not isinstance(results, dict):
         raise ValueError(f"Expected a JSON object in '{path}'; got {type(results).__name__}.")
-    if int(results.get("format", _FORMAT)) > _FORMAT:
-        raise ValueError(f"'{path}' has format {results['format']}; this version reads up to {_FORMAT}. Upgrade mlsbi "
-                         "to read it.")
+    version = int(results.get("format", _FORMAT))
+    if version > _FORMAT:
+        raise ValueError(f"'{path}' has format {version}; this version reads format {_FORMAT}. Upgrade mlsbi to read "
+                         "it.")
+    if version < _FORMAT:
+        raise ValueError(f"'{path}' has format {version}, from before strategies could be compared; this version reads "
+                         f"format {_FORMAT}. Run again with --overwrite, or read it with the mlsbi that wrote it.")
     return results

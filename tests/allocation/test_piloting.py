@@ -68,6 +68,30 @@ def test_uncoupled_noise_is_seen():
     assert not_coupled.correlations[0] < coupled.correlations[0]
 
 
+def test_a_likelihoods_pilot_measures_a_likelihoods_loss():
+    """The loss of x given theta falls with the noise, and the coupling shows in it as in a posterior's."""
+    options = {"seed": 0, "estimator": "nle", "progress": False}
+    near, far = (pilot(stack(off(amount), exact), 64, **options) for amount in (0.01, 0.5))
+    assert near.variances[1] < 0.1 * far.variances[1]
+    assert near.losses.shape == (64, 2)
+    posterior = pilot(stack(off(0.01), exact), 64, seed=0, progress=False)
+    assert not np.allclose(near.losses, posterior.losses)
+    assert torch.equal(near.data.levels[1].fine, posterior.data.levels[1].fine)
+    wide, narrow = (pilot(stack(lambda t, u, w=w: 0.1 * t.repeat(1, 2) + w * u, lambda t, u, w=w: w * u), 32,
+                          **options).losses.mean() for w in (1.0, 0.1))
+    assert wide - narrow == pytest.approx(4 * np.log(10), abs=2.5)  # four outputs, each ten times as wide
+
+
+def test_heavy_tails_can_be_transformed():
+    def far(theta, noise):
+        return exact(theta, noise).sinh() ** 3
+
+    heavy = stack(far, far)
+    plain, bent = (pilot(heavy, 64, seed=0, estimator="nle", x_transform=transform, progress=False).losses.mean()
+                   for transform in ("none", "asinh"))
+    assert bent < plain - 1.0
+
+
 def test_identical_levels_have_zero_correction_and_say_so():
     report = pilot(stack(exact, exact), 32, seed=0, progress=False)
     assert report.variances[1] == 0.0
@@ -142,7 +166,10 @@ def test_rows_that_fail_are_reported():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"n": 7}, "at least 8 pilot rows"), ({"estimator": "nle"}, "estimator"), ({"integrand": "entropy"}, "integrand")],
+    [
+        ({"n": 7}, "at least 8 pilot rows"), ({"estimator": "npr"}, "estimator"),
+        ({"x_transform": "log"}, "x_transform"), ({"integrand": "entropy"}, "integrand"),
+    ],
 )
 def test_bad_requests(options, match):
     with pytest.raises(ValueError, match=match):

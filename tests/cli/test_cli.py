@@ -31,6 +31,16 @@ number = 3
 """
 
 
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def only(results):
+    """The record of the one strategy of a run."""
+    (record,) = results["strategies"]
+    return record
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A whole run of ou, small."""
@@ -40,24 +50,28 @@ def run_folder(tmp_path_factory):
 
 
 def test_run_leaves_everything(run_folder):
-    results = json.loads((run_folder / "results.json").read_text())
+    results = read_results(run_folder)
     assert results["spent"]["n"] == [200, 20]
     assert results["spent"]["runs"] == [222, 20]
     assert results["spent"]["cost"] == 222 + 20 * 100
-    assert results["checks"]["n_test"] == 30
-    assert results["checks"]["reference_nlpd"] < results["checks"]["nlpd"]["mean"]
+    checks = only(results)["checks"]
+    assert checks["n_test"] == 30
+    assert checks["reference_nlpd"] < checks["nlpd"]["mean"]
+    assert only(results)["cost"] == results["spent"]["cost"]
+    assert only(results)["runs"] == [220, 20]
+    assert results["comparison"] is None
     assert len(results["verdict"]) >= 2
     assert results["command"].startswith("mlsbi run ou --n 200,20")
     assert mlsbi.MultilevelData.load(run_folder / "data.npz").n == (200, 20)
-    assert mlsbi.load(run_folder / "model").posterior(torch.zeros(5)).sample((3,), seed=0).shape == (3, 3)
-    samples = pd.read_csv(run_folder / "posterior_samples.csv")
+    assert mlsbi.load(run_folder / "multilevel/model").posterior(torch.zeros(5)).sample((3,), seed=0).shape == (3, 3)
+    samples = pd.read_csv(run_folder / "multilevel/posterior_samples.csv")
     assert list(samples) == ["gamma", "mu", "sigma"]
     assert len(samples) == 200
     names = {path.stem for path in (run_folder / "figures").glob("*.png")}
     assert names == {"coupled", "losses", "posterior", "coverage", "ranks"}
     page = (run_folder / "report.html").read_text()
     assert page.count("data:image/png;base64") == len(names)
-    assert results["verdict"][0].split("(")[0] in page
+    assert results["verdict"][0].split(" by ")[0] in page
 
 
 def test_report_draws_again(run_folder, capsys):
@@ -72,7 +86,7 @@ def test_report_draws_again(run_folder, capsys):
 def test_the_same_seed_gives_the_same_results(run_folder, tmp_path):
     out = tmp_path / "again"
     main(["run", "ou", "--n", "200,20", "--tests", "30", "--draws", "200", "--out", str(out), *QUICK])
-    first, again = (json.loads((folder / "results.json").read_text()) for folder in (run_folder, out))
+    first, again = (only(read_results(folder)) for folder in (run_folder, out))
     assert first["checks"] == again["checks"]
     assert first["posterior"] == again["posterior"]
 
@@ -88,12 +102,12 @@ def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
     out = tmp_path / "planned"
     arguments = ["--budget", "4000", "--pilot", "16", "--tests", "20", "--out", str(out), *QUICK]
     assert main(["run", "ou", "--option", "parameters=4", *arguments]) == 0
-    results = json.loads((out / "results.json").read_text())
+    results = read_results(out)
     assert results["spent"]["cost"] == pytest.approx(results["plan"]["cost"])
     assert results["spent"]["cost"] <= 4000
     assert results["plan"]["n"] == results["spent"]["n"]
     assert results["pilot"]["n"] == 16
-    assert results["posterior"]["names"] == ["gamma", "mu", "sigma", "x_0"]
+    assert only(results)["posterior"]["names"] == ["gamma", "mu", "sigma", "x_0"]
     assert {"pilot", "plan"} <= {path.stem for path in (out / "figures").glob("*.png")}
     assert (out / "pilot.npz").is_file()
     assert "Report:" in capsys.readouterr().out
@@ -102,10 +116,10 @@ def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
 def test_camels_runs_on_a_folder_of_spectra(camels_folder, tmp_path, monkeypatch):
     out = tmp_path / "camels"
     assert main(["run", "camels", "--n", "20,4", "--data", str(camels_folder), "--out", str(out), *QUICK]) == 0
-    results = json.loads((out / "results.json").read_text())
+    results = read_results(out)
     assert results["plan"] is None
     assert "fixed data set" in results["plan_note"]
-    assert results["checks"]["prior_nlpd"] == pytest.approx(np.log(0.4), abs=1e-5)
+    assert only(results)["checks"]["prior_nlpd"] == pytest.approx(np.log(0.4), abs=1e-5)
     monkeypatch.setenv("MLSBI_CAMELS", str(camels_folder))
     assert main(["run", "camels", "--n", "20,4", "--strategy", "high", "--out", str(tmp_path / "high"), *QUICK]) == 0
 
@@ -123,10 +137,10 @@ def test_an_own_stack_and_an_observation_from_a_file(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--n", "100,20", "--x-o", str(tmp_path / "x.csv"), "--out", str(out), *QUICK]
     assert main(["run", f"{tmp_path}/mine.py:stack", *arguments]) == 0
-    results = json.loads((out / "results.json").read_text())
-    assert results["checks"] is None
-    assert results["posterior"]["truth"] is None
-    assert results["posterior"]["observation"] == "file x.csv"
+    results = read_results(out)
+    assert only(results)["checks"] is None
+    assert only(results)["posterior"]["truth"] is None
+    assert only(results)["posterior"]["observation"] == "file x.csv"
     assert "Do not trust" in capsys.readouterr().out
     assert "mine" not in sys.modules
 
@@ -136,9 +150,86 @@ def test_an_own_stack_on_several_processes_and_with_tests(tmp_path):
     out = tmp_path / "out"
     arguments = ["--n", "100,20", "--workers", "2", "--tests", "30", "--out", str(out), *QUICK]
     assert main(["run", f"{tmp_path}/mine.py:stack", *arguments]) == 0
-    spent = json.loads((out / "results.json").read_text())["spent"]
+    spent = read_results(out)["spent"]
     assert (spent["test_runs"], spent["test_cost"]) == (30, 300)
     assert "30 further runs of the finest level" in (out / "report.html").read_text()
+
+
+def test_strategies_are_compared_on_one_data_set(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--strategy", "multilevel,transfer,high,low", "--n", "120,12", "--tests", "25", "--draws", "100"]
+    assert main(["run", "ou", *arguments, "--out", str(out), *QUICK]) == 0
+    results = read_results(out)
+    records = {record["name"]: record for record in results["strategies"]}
+    assert list(records) == ["multilevel", "transfer", "high", "low"]
+    assert [records[name]["runs"] for name in records] == [[132, 12], [132, 12], [0, 12], [132, 0]]
+    assert [records[name]["cost"] for name in records] == [results["spent"]["cost"]] * 2 + [1200, 132]
+    log_q = {}
+    for name in records:
+        assert mlsbi.load(out / name / "model").posterior(torch.zeros(5)).sample((3,), seed=0).shape == (3, 3)
+        with np.load(out / name / "checks.npz") as arrays:
+            log_q[name] = arrays["log_q"]
+    best = min(records, key=lambda name: records[name]["checks"]["nlpd"]["mean"])
+    assert results["comparison"]["best"] == best
+    for name, behind in results["comparison"]["behind"].items():
+        difference = log_q[best] - log_q[name]
+        assert behind["mean"] == pytest.approx(difference.mean())
+        assert behind["standard_error"] == pytest.approx(difference.std(ddof=1) / 5)
+    assert f"'{best}' knows most" in capsys.readouterr().out
+    single = tmp_path / "single"
+    main(["run", "ou", "--strategy", "high", *arguments[2:], "--out", str(single), *QUICK])
+    assert only(read_results(single))["checks"] == records["high"]["checks"]
+
+
+def test_a_strategy_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    from mlsbi.strategies.single_level import SingleLevel
+    from mlsbi.training.loop import TrainingError
+
+    def fail(self, *args, **keywords):
+        raise TrainingError("it diverged")
+
+    monkeypatch.setattr(SingleLevel, "fit", fail)
+    out = tmp_path / "out"
+    arguments = ["--n", "40,6", "--tests", "10", "--out", str(out), *QUICK]
+    assert main(["run", "ou", "--strategy", "high,multilevel", *arguments]) == 0
+    results = read_results(out)
+    assert [record["error"] for record in results["strategies"]] == ["it diverged", None]
+    assert results["verdict"][0] == "Training 'high' failed: it diverged"
+    assert "it diverged" in (out / "report.html").read_text()
+    assert main(["run", "ou", "--strategy", "high", *arguments, "--overwrite"]) == 2
+    assert main(["run", "ou", "--strategy", "high,low", *arguments, "--overwrite"]) == 2
+    assert (out / "data.npz").is_file()
+
+
+def test_a_likelihood_of_several_outputs(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--n", "400,40", "--observations", "4", "--tests", "12", "--draws", "200", "--out", str(out)]
+    assert main(["run", "g_and_k", *arguments, *QUICK]) == 0
+    results = read_results(out)
+    record = only(results)
+    assert results["asked"]["estimator"] == "nle"
+    assert results["asked"]["observations"] == 4
+    assert results["spent"]["test_runs"] == 48
+    assert record["posterior"]["mcmc"]["method"] == "emcee"
+    assert record["checks"]["mcmc"]["chains"] == 12
+    assert 0 < record["checks"]["likelihood_kld"]["mean"] < 5
+    assert (out / "reference_samples.csv").is_file()
+    assert isinstance(mlsbi.load(out / "multilevel/model"), mlsbi.NLE)
+    np.savetxt(tmp_path / "x.csv", [0.5, 1.0, 2.0])
+    again = ["--n", "50,10", "--x-o", str(tmp_path / "x.csv"), "--tests", "0", "--out", str(tmp_path / "b"), *QUICK]
+    assert main(["run", "g_and_k", *again]) == 0
+    assert only(read_results(tmp_path / "b"))["checks"] is None
+
+
+def test_a_likelihood_where_the_task_has_a_posterior(tmp_path):
+    """Normalised by importance sampling, it is scored on the same scale, against the same exact posterior."""
+    out = tmp_path / "out"
+    arguments = ["--estimator", "nle", "--n", "300,40", "--tests", "12", "--draws", "100", "--out", str(out), *QUICK]
+    assert main(["run", "ou", *arguments]) == 0
+    checks = only(read_results(out))["checks"]
+    assert checks["reference_nlpd"] is not None
+    assert checks["kld"]["mean"] > 0
+    assert checks["likelihood_kld"]["mean"] > 0
 
 
 def test_overwriting_leaves_nothing_of_the_run_before(run_folder, tmp_path):
@@ -147,7 +238,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(run_folder, tmp_path):
     (tmp_path / "mine.py").write_text(STACK)
     assert main(["run", f"{tmp_path}/mine.py:stack", "--n", "50,10", "--overwrite", "--out", str(out), *QUICK]) == 0
     assert not (out / "reference_samples.csv").exists()
-    assert not (out / "checks.npz").exists()
+    assert not (out / "multilevel/checks.npz").exists()
     assert {path.stem for path in (out / "figures").glob("*.png")} == {"coupled", "losses", "posterior"}
 
 
@@ -187,6 +278,10 @@ def test_tasks_lists_all(capsys, monkeypatch):
         (["run", "ou", "--n", "10"], "one number per level"),
         (["run", "ou", "--budget", "100"], "does not reach beyond a pilot"),
         (["run", "ou", "--strategy", "best"], "Unknown strategy"),
+        (["run", "ou", "--strategy", "high,best"], "Unknown strategy"),
+        (["run", "ou", "--observations", "3"], "--observations is for likelihoods"),
+        (["run", "g_and_k", "--observations", "0"], "--observations of at least 1"),
+        (["run", "g_and_k", "--option", "prior=flat"], "flat"),
         (["run", "ou", "--option", "parameters=7"], "parameters=3 or parameters=4"),
         (["run", "ou", "--option", "speed=7"], "takes the options"),
         (["run", "ou", "--x-o", "nowhere.npy"], "no observation file"),

@@ -279,6 +279,24 @@ def test_newer_and_damaged_models_are_refused(tmp_path, box_npe):
     (folder / "model.json").write_text("not json")
     with pytest.raises(ValueError, match="not a model configuration"):
         mlsbi.load(folder)
+    (folder / "model.json").write_text(json.dumps({**config, "format": 1}))
+    with pytest.raises(ValueError, match="format 1.*Train and save it again"):
+        mlsbi.load(folder)
+    for key, value, match in (
+        ("density", {"name": "nsf", "options": {"transformers": 3}}, "saved density cannot be read"),
+        ("density", {"name": "os.system", "options": {}}, "saved density cannot be read"),
+        ("embedding", {"name": "mlp", "options": {"rows": 3}}, "saved embedding cannot be read"),
+        ("training", {"epoch": 3}, "saved training cannot be read"),
+        ("histories", [{}], "saved histories cannot be read"),
+        ("estimator", "npu", "Unknown estimator 'npu'"),
+        ("x_transform", "log", "x_transform"),
+    ):
+        (folder / "model.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=match):
+            mlsbi.load(folder)
+    (folder / "model.json").write_text(json.dumps({key: value for key, value in config.items() if key != "x_shape"}))
+    with pytest.raises(ValueError, match="lacks 'x_shape'"):
+        mlsbi.load(folder)
     (folder / "model.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError, match="damaged"):

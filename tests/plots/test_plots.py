@@ -17,7 +17,7 @@ from mlsbi import plots
 from mlsbi.allocation.optimal import optimal_allocation
 from mlsbi.data import MultilevelData
 from mlsbi.plots.style import COLOURS, TRUTH
-from mlsbi.training.loop import History
+from mlsbi.training.loop import History, join_histories
 
 
 def make_data(levels, outputs=(5,), n=30, names=None):
@@ -28,6 +28,12 @@ def make_data(levels, outputs=(5,), n=30, names=None):
         fine = coarse + 0.3 * torch.randn(n, *outputs, generator=generator)
         arrays.append((torch.rand(n, 2, generator=generator), fine, coarse))
     return MultilevelData.from_arrays(arrays, names)
+
+
+def make_tails(levels):
+    low = torch.tan(torch.linspace(-1.5, 1.5, 61))[:, None]
+    theta = torch.zeros(61, 1)
+    return MultilevelData.from_arrays([(theta, low), (theta, low * 1.2, low)][:levels])
 
 
 def make_plan(levels):
@@ -64,6 +70,12 @@ def make_history(levels, *, epochs=60, seed=0, early=1.0, weights="unit", valida
     return History(epochs=records, best_epoch=epochs // 2, best_loss=1.0)
 
 
+def make_stages(levels, *, epochs=(30, 12), seed=0):
+    """What transfer learning leaves: the stages in a row, the best epoch that of the last."""
+    stages = [make_history(1, epochs=count, seed=seed + index) for index, count in enumerate(epochs[:levels])]
+    return join_histories(stages)
+
+
 def make_draws(dim, n=400, seed=0):
     return np.random.default_rng(seed).normal(0.5, 0.1, size=(n, dim))
 
@@ -78,6 +90,14 @@ FIGURES = {
     **{f"losses {n}": lambda n=n: plots.losses([make_history(n)]) for n in (1, 2, 3)},
     "losses, ensemble": lambda: plots.losses([make_history(2, seed=i, epochs=50 + i) for i in range(3)]),
     "losses, one epoch": lambda: plots.losses([make_history(2, epochs=1)]),
+    **{f"losses, {n} stages": lambda n=n: plots.losses([make_stages(n, epochs=(9,) * n)]) for n in (1, 2, 4)},
+    "losses, stages of an ensemble": lambda: plots.losses([make_stages(2, epochs=(20 + i, 9 - i)) for i in range(3)]),
+    **{f"quality {n}": lambda n=n: plots.quality(
+        [100.0, 100.0, 20.0, 1.0][:n], [0.1, 0.11, np.inf, 300.0][:n], [0.1, 0.1, np.nan, 5.0][:n],
+        names=["multilevel", "transfer", "high", "low"][:n], prior=1.0, exact=-50.0) for n in (1, 2, 3, 4)},
+    "coupled, one output with tails": lambda: plots.coupled(make_tails(2)),
+    "coupled, one output of one level": lambda: plots.coupled(make_tails(1)),
+    "pairs, five sets": lambda: plots.pairs({str(i): make_draws(3, seed=i) for i in range(4)}, reference=make_draws(3)),
     "coverage": lambda: plots.coverage({"a": np.linspace(0.01, 0.99, 50), "b": np.linspace(0.1, 0.5, 70)}),
     **{f"ranks {d}": lambda d=d: plots.ranks(np.random.default_rng(0).integers(0, 101, (200, d)), 100)
        for d in (1, 2, 5)},
@@ -148,6 +168,27 @@ class TestCoupled:
         figure = plots.coupled(make_data(2, (4, 3)))
         assert len(figure.axes[0].lines[0].get_ydata()) == 12
         assert "4 x 3 flattened" in figure.axes[-1].get_xlabel()
+
+    def test_one_output_is_a_scatter_of_twins(self):
+        data = make_data(2, (1,))
+        axes = plots.coupled(data).axes[0]
+        points = axes.collections[0].get_offsets()
+        np.testing.assert_array_equal(points, np.hstack([data.levels[1].coarse, data.levels[1].fine]))
+        assert axes.get_xscale() == axes.get_yscale() == "linear"
+
+    def test_long_tails_of_one_output_are_shrunk(self):
+        axes = plots.coupled(make_tails(2)).axes[0]
+        assert axes.get_xscale() == axes.get_yscale() == "asinh"
+        assert "tails shrunk" in axes.get_xlabel()
+        assert "of their ranks 1.000" in axes.get_title(loc="left")
+        ticks = axes.get_xticks()
+        assert 0 in ticks
+        places = axes.transAxes.inverted().transform(axes.transData.transform([(tick, 0) for tick in ticks]))[:, 0]
+        assert len(places) >= 5
+        assert np.diff(places).min() > 0.07
+        histogram = plots.coupled(make_tails(1)).axes[0]
+        assert histogram.get_xscale() == "asinh"
+        assert sum(bar.get_height() for bar in histogram.patches) == 61
 
     def test_titles_name_the_parameters(self):
         data = make_data(2)
@@ -284,6 +325,108 @@ class TestLosses:
             plots.losses([make_history(2)], ["a"])
 
 
+class TestStages:
+    def test_each_stage_has_a_panel_with_epochs_of_its_own(self):
+        first, second = plots.losses([make_stages(2)], ["cheap", "dear"]).axes
+        assert titles(first.figure) == ["Stage 1: cheap", "Stage 2: dear"]
+        for axes, epochs in ((first, 30), (second, 12)):
+            for line in axes.lines[:2]:  # not joined to the other stage's
+                np.testing.assert_array_equal(line.get_xdata(), np.arange(epochs))
+
+    def test_only_the_last_stage_marks_its_best_epoch(self):
+        marks = [[line for line in axes.lines if line.get_label() == "weights kept"]
+                 for axes in plots.losses([make_stages(2)]).axes]
+        assert marks[0] == []
+        assert list(marks[1][0].get_xdata()) == [6]  # of 12, counted from the stage's first
+
+    def test_members_of_an_ensemble_begin_stages_apart(self):
+        figure = plots.losses([make_stages(2, epochs=(30, 12)), make_stages(2, epochs=(50, 20), seed=9)])
+        assert [len(line.get_xdata()) for line in figure.axes[1].lines if line.get_marker() != "o"] == [12, 12, 20, 20]
+        assert titles(figure)[1] == "Stage 2: level 1 (2 networks)"
+
+    def test_the_finest_level_may_be_left_out(self):
+        assert titles(plots.losses([make_stages(1)], ["cheap", "dear"])) == ["Stage 1: cheap"]
+        with pytest.raises(ValueError, match="at least 2 names, one per stage"):
+            plots.losses([make_stages(2)], ["cheap"])
+
+
+def by_name(figure):
+    """Markers of the strategies."""
+    return {line.get_label(): line for line in figure.axes[0].lines if line.get_marker() in ("o", "^")}
+
+
+def boxes(figure):
+    """Extents of all texts within the axes."""
+    figure.draw_without_rendering()
+    return [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+
+
+def say(figure):
+    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text))
+
+
+class TestQuality:
+    OPTIONS = {"names": ["multilevel", "transfer", "high"]}
+
+    def test_points_bars_and_lines_are_at_their_places(self):
+        figure = plots.quality([100, 50, 10], [0.1, 0.2, 0.5], [0.05, 0.04, np.nan], prior=1.0, exact=-0.5,
+                               **self.OPTIONS)
+        axes = figure.axes[0]
+        assert axes.get_xscale() == "log"
+        points = by_name(figure)
+        np.testing.assert_array_equal(points["transfer"].get_xydata(), [[50, 0.2]])
+        bars = [list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 2]
+        for bar in ([0.0, 0.2], [1.0, 1.0], [-0.5, -0.5]):
+            assert any(np.allclose(bar, one) for one in bars), bar
+        assert {text.get_text() for text in axes.texts} >= {"prior", "exact posterior", *self.OPTIONS["names"]}
+        assert plots.quality([9, 10, 11], [0.1, 0.2, 0.5], [0, 0, 0], **self.OPTIONS).axes[0].get_xscale() == "linear"
+
+    def test_infinite_and_far_scores_are_marked_at_the_edge_and_told(self):
+        figure = plots.quality([1, 2, 3], [0.1, np.inf, 500.0], [0.1, np.nan, 30], prior=0.5, **self.OPTIONS)
+        axes, points = figure.axes[0], by_name(figure)
+        assert [points[name].get_marker() for name in self.OPTIONS["names"]] == ["o", "^", "o"]  # two are compared
+        assert "transfer: infinite" in say(figure)
+        assert "some true parameters got no density" in say(figure)
+        figure = plots.quality([1, 2, 3], [0.1, 0.3, 500.0], [0.1, 0.1, 30], prior=0.5, **self.OPTIONS)
+        axes, point = figure.axes[0], by_name(figure)["high"]
+        assert "high: 500" in say(figure)
+        assert point.get_ydata()[0] == axes.get_ylim()[1] < 10
+        assert "Triangles" not in say(plots.quality([1, 2, 3], [0.1, 0.3, 0.4], [0.1] * 3, **self.OPTIONS))
+
+    @pytest.mark.parametrize(("prior", "told"), [(400.0, "prior: 400, above"), (-400.0, "prior: −400, below")])
+    def test_a_far_line_is_told_and_does_not_set_the_axis(self, prior, told):
+        figure = plots.quality([1, 2, 3], [0.1, 0.2, 0.3], [0.05] * 3, prior=prior, **self.OPTIONS)
+        assert told in say(figure)
+        assert np.abs(figure.axes[0].get_ylim()).max() < 2
+
+    @pytest.mark.parametrize("costs", [[0, 0, 0], [100, 100, 10], [100, 99, 98]], ids=str)
+    @pytest.mark.parametrize(("scores", "lines"), [([0.1, 0.1, 0.1], (0.11, 0.11)), ([0.1, 0.12, 0.11], (90, 90)),
+                                                   ([np.inf] * 3, (0.11, 0.05)), ([0.1, 0.1, np.inf], (0.11, 0.1))])
+    def test_names_do_not_overlap(self, costs, scores, lines):
+        figure = plots.quality(costs, scores, [0.05] * 3, prior=lines[0], exact=lines[1], **self.OPTIONS)
+        found = boxes(figure)
+        for index, box in enumerate(found):
+            assert not any(box.overlaps(other) for other in found[:index])
+        assert all(figure.axes[0].get_window_extent().padded(1).contains(*corner)
+                   for box in found for corner in (box.min, box.max))
+
+    def test_equal_costs_stand_side_by_side(self):
+        figure = plots.quality([7, 7, 7], [0.1, 0.2, 0.3], [0.05] * 3, **self.OPTIONS)
+        figure.draw_without_rendering()
+        places = [line.get_transform().transform(line.get_xydata())[0, 0] for line in by_name(figure).values()]
+        assert np.diff(places).min() > 10
+        assert list(figure.axes[0].get_xticks()) == [7]
+
+    @pytest.mark.parametrize(("values", "match"), [
+        (([1, 2], [0.1, 0.2, 0.3], [0, 0, 0]), "as many costs, scores and errors as names"),
+        (([1, 2, -1], [0.1, 0.2, 0.3], [0, 0, 0]), "finite costs of at least 0"),
+        (([1, 2, 3], [0.1, np.nan, 0.3], [0, 0, 0]), "scores that are numbers or inf"),
+    ])  # fmt: skip
+    def test_bad_input(self, values, match):
+        with pytest.raises(ValueError, match=match):
+            plots.quality(*values, **self.OPTIONS)
+
+
 class TestCalibration:
     def test_coverage_curve_is_the_share_found(self):
         levels = np.array([0.1, 0.4, 0.4, 0.95])
@@ -374,16 +517,26 @@ class TestPairs:
     def test_one_parameter_is_drawn_with_its_prior(self):
         axes = plots.pairs(make_draws(1), names=["mu"], low=[0.0], high=[4.0]).axes[0]
         assert any(set(line.get_ydata()) == {0.25} for line in axes.lines)
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["posterior", "prior"]
+        assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["posterior", "prior"]
         assert axes.get_title(loc="left").startswith("Posterior of mu: 0.49")
 
     def test_legend_names_every_set(self):
         def legend(figure):
-            return [text.get_text().replace(" (50% and 90%)", "") for text in figure.legends[0].get_texts()]
+            return [text.get_text() for text in figure.legends[0].get_texts()]
 
         sets = {"one": make_draws(2), "two": make_draws(2, seed=1)}
         assert legend(plots.pairs(sets, reference=make_draws(2))) == ["one", "two", "reference posterior"]
         assert legend(plots.pairs(sets, reference=make_draws(2), labels=["a", "b", "c"])) == ["a", "b", "c"]
+
+    def test_several_sets_have_one_contour_each_and_no_filling(self):
+        def contours(count):
+            sets = {str(index): make_draws(2, n=4000, seed=index) for index in range(count)}
+            figure = plots.pairs(sets, reference=make_draws(2, n=4000))
+            axes = np.reshape(figure.axes, (2, 2))[1, 0]
+            return figure.legends[0].get_title().get_text(), [len(one.get_paths()) for one in axes.collections]
+
+        assert contours(1) == ("regions that hold 50% and 90%", [1, 1, 2, 2])  # two filled
+        assert contours(4) == ("regions that hold 50%", [1] * 5)
 
     def test_constant_draws_are_drawn(self):
         with warnings.catch_warnings():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlsbi import NPE, NSF, TrainingOptions, tasks
-from mlsbi.report.checking import check_posterior, verdict
+from mlsbi.report.checking import check_likelihood, check_posterior, compare, verdict
 
 CREDIBILITY = [0.5, 0.8, 0.9, 0.95]
 
@@ -15,8 +15,11 @@ def make_results(**changes):
         "n_test": 400, "draws": 500, "nlpd": {"mean": -0.9, "median": -1.0, "standard_error": 0.05, "n": 400},
         "prior_nlpd": 0.27, "reference_nlpd": None, "kld": None,
         "coverage": {"credibility": CREDIBILITY, "found": [0.51, 0.79, 0.9, 0.94], "p": 0.4}, "sbc": {"p": [0.3, 0.6]},
+        "likelihood_kld": None, "mcmc": None,
     }
-    return {"asked": {"parameters": ["gamma", "mu"]}, "spent": {"failures": [0, 0]}, "checks": {**checks, **changes}}
+    record = {"name": "multilevel", "error": None, "posterior": {"mcmc": None}, "checks": {**checks, **changes}}
+    return {"asked": {"parameters": ["gamma", "mu"]}, "spent": {"failures": [0, 0]}, "strategies": [record],
+            "comparison": None}
 
 
 def score(mean, error=0.1):
@@ -35,6 +38,10 @@ def score(mean, error=0.1):
         ({"coverage": {"credibility": CREDIBILITY, "found": [0.7, 0.95, 0.99, 1.0], "p": 1e-6}}, ["too cautious"], []),
         ({"sbc": {"p": [0.001, 0.4]}}, ["ranks of gamma are not uniform"], []),
         ({"sbc": {"p": [0.007, 0.4]}}, [], ["ranks"]),  # two tests: 0.005 each
+        ({"likelihood_kld": score(0.156, 0.004)}, ["exact likelihood is known here", "0.156 +- 0.004 nats per output"],
+         []),
+        ({"mcmc": {"chains": 100, "converged": 97}}, ["3 of the 100 test observations' chains have not converged"], []),
+        ({"mcmc": {"chains": 100, "converged": 100}}, [], ["converged"]),
         ({"reference_nlpd": -1.5, "kld": score(0.6)}, ["scores -1.50", "0.60 nats per observation"], []),
     ],
     ids=str,
@@ -46,8 +53,50 @@ def test_numbers_become_sentences(changes, said, unsaid):
 
 
 def test_unchecked_and_failing_runs_say_so():
-    assert "Do not trust" in verdict({**make_results(), "checks": None})[0]
+    unchecked = make_results()
+    unchecked["strategies"][0]["checks"] = None
+    assert "Do not trust" in verdict(unchecked)[0]
     assert "3 rows" in verdict({**make_results(), "spent": {"failures": [0, 3]}})[-1]
+    stuck = make_results()
+    stuck["strategies"][0]["posterior"] = {"mcmc": {"warning": "It is stuck."}}
+    assert "The chain of the observation has not converged: It is stuck." in verdict(stuck)
+    unobserved = make_results()
+    unobserved["strategies"][0]["posterior"] = None
+    assert len(verdict(unobserved)) == 2
+
+
+def test_a_comparison_names_the_best_and_how_far_behind_the_others_are():
+    rows = np.random.default_rng(0).normal(size=200)
+    noise = 0.001 * np.arange(-99, 101)  # of mean 0.0005
+    log_q = {"transfer": rows - 0.5, "multilevel": rows, "high": rows - noise, "low": rows.copy()}
+    log_q["low"][3] = -np.inf
+    records = [{**make_results(nlpd=score(-float(values.mean())))["strategies"][0], "name": name}
+               for name, values in log_q.items()]
+    comparison = compare([*records, {"name": "broken", "error": "it diverged"}], log_q)
+    assert comparison["best"] == "multilevel"
+    assert comparison["behind"]["transfer"]["mean"] == pytest.approx(0.5)
+    assert comparison["behind"]["transfer"]["standard_error"] == pytest.approx(0.0, abs=1e-12)
+    results = {**make_results(), "strategies": [*records, {"name": "broken", "error": "it diverged"}],
+               "comparison": comparison}
+    said = verdict(results)
+    assert said[0] == "Training 'broken' failed: it diverged"
+    assert said[1].startswith("'multilevel' knows most about the parameters")
+    assert "'transfer' is behind by 0.50 +- 0.00" in said[1]
+    assert "'high' is behind by 0.00 +- 0.00 nats per observation, which these tests cannot tell" in said[1]
+    assert "'low' gives some true parameters no density at all" in said[1]
+    assert compare(records[:1], log_q) is None
+
+
+def test_a_likelihood_is_judged_by_the_exact_one():
+    task = tasks.get("g_and_k")
+    theta, x = task.test(4000, 0)
+
+    def shifted(x, theta):
+        return task.likelihood(x + 0.3, theta)
+
+    assert check_likelihood(task.likelihood, task.likelihood, theta, x).mean == 0.0
+    off = check_likelihood(shifted, task.likelihood, theta, x)
+    assert off.mean > 5 * off.standard_error > 0
 
 
 class Exact:
@@ -60,6 +109,9 @@ class Exact:
         columns = [self.reference.log_prob((theta[:, i] - self.shift).double(), x[i].expand(len(theta), -1))
                    for i in range(len(x))]
         return torch.stack(columns, 1)
+
+    def log_normaliser(self, x, *, draws=None, seed=0):
+        return torch.zeros(len(x))
 
     def sample_batched(self, shape, x, seed):
         drawn = [self.reference.sample(shape[0], row, seed + i) + self.shift for i, row in enumerate(x)]

@@ -3,13 +3,22 @@ r"""The report says everything, holds everything, and survives what is missing o
 import base64
 import copy
 import json
+import re
+import warnings
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from mlsbi.allocation.optimal import optimal_allocation
+from mlsbi.data import MultilevelData
+from mlsbi.inference.saving import write_model
 from mlsbi.report.elements import number, table
+from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
+from mlsbi.report.wording import give_or_take
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -19,21 +28,60 @@ SECTIONS = (
     "What was asked", "The plan, and why", "What was spent", "How training went", "The posterior",
     "Can it be trusted?", "How to reproduce this",
 )  # fmt: skip
+SECTIONS_OF_SEVERAL = (
+    "What was asked", "The plan, and why", "What was spent", "The strategies compared", "How 'transfer' was trained",
+    "The posterior of 'transfer'", "Can 'transfer' be trusted?", "The other strategies, in short",
+    "How to reproduce this",
+)  # fmt: skip
+
+
+def make_checks(**changes):
+    return {
+        "n_test": 400, "draws": 1000, "nlpd": make_score(-0.9, 0.05), "prior_nlpd": 0.27, "reference_nlpd": -1.5,
+        "kld": make_score(0.6, 0.02), "coverage": {"credibility": [0.5, 0.9], "found": [0.49, 0.91], "p": 0.6},
+        "sbc": {"p": [0.4, 0.2]}, "tarp": {"p": 0.33},
+        "calibration_error": {"value": 0.021, "null": 0.0225, "null_sd": 0.0106}, "fom": make_score(39.6, 3.2),
+        "mse": [0.061, 0.36], "nrmse": [0.91, 0.52], "likelihood_kld": None, "mcmc": None, **changes,
+    }  # fmt: skip
+
+
+def make_score(mean, error):
+    return {"mean": mean, "median": mean, "standard_error": error, "n": 400}
+
+
+def make_training(n=(800, 80), **changes):
+    return {"best_epoch": 14, "epochs": 45, "best_loss": 3.5, "stopped": "no better held-out loss for 30 epochs",
+            "seconds": 3.0, "n_train": list(n), "n_validation": [count // 4 for count in n], "projected": 0.0,
+            "cosine": 0.0, **changes}
+
+
+def make_record(name, **changes):
+    return {
+        "options": {}, "training": [make_training()] * 2, "checks": make_checks(),
+        "posterior": {
+            "names": ["gamma", "mu"], "observation": "row 0 of the test set", "truth": [0.3, 1.6],
+            "mean": [0.62, 1.01], "sd": [0.25, 0.6], "quantiles": {"0.05": [0.2, 0.3], "0.5": [0.6, 1.0],
+            "0.95": [0.9, 2.4]}, "map": [0.7, 0.9], "shrinkage": [0.96, 0.51], "mcmc": None,
+        },
+        "files": {"model": f"{name}/model", "samples": f"{name}/posterior_samples.csv"}, "name": name, "error": None,
+        "runs": [2080, 80], "cost": 10144.0, **changes,
+    }  # fmt: skip
 
 
 def make_results():
     plan = optimal_allocation([8.0, 0.9], [1.0, 100.0], budget=11_000.0, single_level_variance=7.7)
     return {
-        "format": 1,
+        "format": 2,
         "created": "2025-11-21T08:40:12",
         "versions": {"mlsbi": "0.1.0", "torch": "2.13.0", "numpy": "2.3.1", "python": "3.11.9", "nflows": None},
         "command": "mlsbi run ou --budget 11000 --out runs/ou",
         "asked": {
-            "task": "ou", "title": "Ornstein-Uhlenbeck", "citation": "Hikida et al. 2025", "strategy": "multilevel",
-            "strategy_options": {"weights": "estimated", "project": False}, "density": {"name": "nsf", "options": {}},
-            "training": {"learning_rate": 0.001, "batch_size": None}, "budget": 11000.0, "n": None, "seed": 7,
-            "device": "cpu", "ensemble": 2, "parameters": ["gamma", "mu"],
+            "task": "ou", "title": "Ornstein-Uhlenbeck", "citation": "Hikida et al. 2025", "estimator": "npe",
+            "strategies": ["multilevel"], "density": {"name": "nsf", "options": {}}, "embedding": None,
+            "x_transform": "none", "training": {"learning_rate": 0.001, "batch_size": None}, "budget": 11000.0,
+            "n": None, "seed": 7, "device": "cpu", "ensemble": 2, "observations": 1, "parameters": ["gamma", "mu"],
         },
+        "observable": {"axis": None, "label": "time"},
         "levels": [{"name": "stationary", "cost": 1.0}, {"name": "euler", "cost": 100.0}],
         "cost_unit": "as declared",
         "pilot": {
@@ -45,24 +93,46 @@ def make_results():
         "plan_note": None,
         "spent": {"n": [2000, 80], "runs": [2144, 80], "failures": [0, 3], "seconds": [0.02, 0.4], "cost": 10144.0,
                   "high_only_n": 101.44},
-        "training": [
-            {"best_epoch": 14, "epochs": 45, "best_loss": 3.5, "stopped": "no better held-out loss for 30 epochs",
-             "seconds": 3.0, "n_train": [800, 80], "n_validation": [200, 20], "projected": 0.25, "cosine": -0.1},
-        ] * 2,
-        "posterior": {
-            "names": ["gamma", "mu"], "observation": "row 0 of the test set", "truth": [0.3, 1.6],
-            "mean": [0.62, 1.01], "sd": [0.25, 0.6], "quantiles": {"0.05": [0.2, 0.3], "0.5": [0.6, 1.0],
-            "0.95": [0.9, 2.4]}, "map": [0.7, 0.9], "shrinkage": [0.96, 0.51],
-        },
-        "checks": {
-            "n_test": 400, "draws": 1000,
-            "nlpd": {"mean": -0.9, "median": -1.0, "standard_error": 0.05, "n": 400}, "prior_nlpd": 0.27,
-            "reference_nlpd": -1.5, "kld": {"mean": 0.6, "median": 0.5, "standard_error": 0.02, "n": 400},
-            "coverage": {"credibility": [0.5, 0.9], "found": [0.49, 0.91], "p": 0.6}, "sbc": {"p": [0.4, 0.2]},
-        },
-        "verdict": ["Informative and calibrated."],
-        "files": {"data": "data.npz", "model": "model", "samples": None},
+        "strategies": [make_record("multilevel", options={"weights": "estimated", "project": False},
+                                   training=[make_training(projected=0.25, cosine=-0.1)] * 2)],
+        "comparison": None,
+        "verdict": ["Informative and calibrated, +- -0.3."],
+        "files": {"data": "data.npz", "reference": None},
     }  # fmt: skip
+
+
+def make_comparison(*records, best=None):
+    """Results of several strategies on the same data."""
+    results = make_results()
+    records = records or (
+        make_record("multilevel", checks=make_checks(nlpd=make_score(-0.85, 0.05))),
+        make_record("transfer", options={"learning_rate": None, "fine_tune": True}, training=[
+            make_training(stopped="no better held-out loss for 30 epochs; then no better held-out loss for 30 epochs")
+        ]),
+        make_record("high", options={"level": -1}, training=[make_training((80,))], runs=[0, 80], cost=8000.0,
+                    checks=make_checks(nlpd=make_score("inf", "nan"), kld=make_score(2.5, 0.3))),
+    )
+    results["strategies"] = list(records)
+    results["asked"]["strategies"] = [record["name"] for record in records]
+    results["comparison"] = {"best": "transfer", "behind": {
+        "multilevel": make_score(0.05, 0.04), "high": make_score("inf", "nan"),
+    }} if best is None else best
+    return results
+
+
+def make_likelihood():
+    """Results of one likelihood network whose posterior is sampled by Markov chains."""
+    results = make_results()
+    results["asked"].update(estimator="nle", observations=10, x_transform="asinh")
+    record = results["strategies"][0]
+    record["posterior"]["mcmc"] = {
+        "rhat": [1.041, 1.026], "effective": [1014.9, 1660.3], "acceptance": 0.248, "steps": 581, "warmup": 219,
+        "chains": 64, "seconds": 5.54, "method": "emcee", "warning": None,
+    }
+    record["checks"].update(kld=None, reference_nlpd=None, likelihood_kld=make_score(0.157, 0.005), mcmc={
+        "chains": 40, "converged": 40, "method": "HMC", "least_effective": 563.4
+    })
+    return results
 
 
 def write(folder, results, figures=FIGURES):
@@ -111,10 +181,12 @@ def test_all_sections_in_order_with_the_verdict_first(tmp_path):
     page = Reader(write(tmp_path, make_results()))
     assert page.of("h2") == ["In short", *SECTIONS]
     assert page.of("h1") == ["Ornstein-Uhlenbeck"]
-    assert page.text.index("Informative and calibrated.") < page.text.index("What was asked")
+    assert page.text.index("Informative and calibrated, ± −0.3.") < page.text.index("What was asked")
     for said in ("11,000 units", "2,000", "101 runs of the finest level alone", "3 rows were left out", "800 + 80",
                  "25%", "Take more pilot rows.", "mlsbi run ou --budget 11000 --out runs/ou", "torch 2.13.0", "seed 7",
-                 "data.npz", "tells most about mu", "51%", "batch size none", "project no"):  # fmt: skip
+                 "data.npz", "tells most about mu", "51%", "batch size none", "project no", "posterior network",
+                 "multilevel/model, multilevel/posterior_samples.csv", "Figure of merit: 39.6 ± 3.2",
+                 "0.021. A posterior without fault gives 0.022 ± 0.011", "(TARP) 0.33", "mu 0.36 0.52"):  # fmt: skip
         assert said in page.text, said
 
 
@@ -142,16 +214,19 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path):
             return {key: poison(one) for key, one in value.items()}
         if isinstance(value, list):
             return [poison(one) for one in value]
-        return value + evil if isinstance(value, str) and value != "nan" else value
+        return value + evil if isinstance(value, str) and value not in ("nan", "inf") else value
 
-    text = write(tmp_path, poison(make_results()))
-    page = Reader(text)
-    assert "script" not in page.tags
-    assert page.text.count("<script>") > 20
+    for results in (make_results(), make_comparison(), make_likelihood()):
+        page = Reader(write(tmp_path, poison(results)))
+        assert "script" not in page.tags
+        assert page.text.count("<script>") > 20
 
 
 def drop(*path):
+    """Sets a part of the results to null, of the only strategy where it is one of its parts."""
+
     def change(results):
+        results = results["strategies"][0] if path[0] in results["strategies"][0] else results
         for key in path[:-1]:
             results = results[key]
         results[path[-1]] = None
@@ -170,9 +245,11 @@ def drop(*path):
     (drop("verdict"), "No verdict was recorded"),
     (drop("command"), "The command was not recorded"),
     (drop("checks", "coverage"), "Coverage was not computed"),
-    (drop("checks", "sbc"), "400 observations of the finest level"),
+    *((drop("checks", name), "400 observations of the finest level")
+      for name in ("sbc", "tarp", "calibration_error", "fom", "mse", "kld")),
     (drop("spent", "seconds"), "simulator runs"),
-    (drop("asked", "strategy_options"), "multilevel"),
+    (drop("options"), "multilevel"),
+    (drop("strategies"), "No training was recorded"),
 ], ids=str)  # fmt: skip
 def test_what_is_missing_is_said(tmp_path, change, said):
     results = make_results()
@@ -187,7 +264,7 @@ def test_what_is_missing_is_said(tmp_path, change, said):
 def test_missing_reference_is_said(tmp_path):
     results = make_results()
     assert "No exact or reference posterior" not in write(tmp_path, results)
-    results["checks"]["reference_nlpd"] = results["checks"]["kld"] = None
+    results["strategies"][0]["checks"].update(reference_nlpd=None, kld=None)
     assert "No exact or reference posterior is known" in write(tmp_path, results)
 
 
@@ -229,9 +306,11 @@ def test_unreadable_folders(tmp_path):
     (tmp_path / "results.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="Expected a JSON object"):
         write_report(tmp_path)
-    (tmp_path / "results.json").write_text('{"format": 2}', encoding="utf-8")
-    with pytest.raises(ValueError, match="Upgrade mlsbi"):
-        write_report(tmp_path)
+    for version, told in ((3, "Upgrade mlsbi"), (1, "format 1, from before strategies could be compared")):
+        (tmp_path / "results.json").write_text(json.dumps({"format": version}), encoding="utf-8")
+        for make in (write_report, draw_figures):
+            with pytest.raises(ValueError, match=told):
+                make(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -239,8 +318,144 @@ def test_empty_results_still_make_a_page(tmp_path):
     assert Reader(write(tmp_path, {}, figures=())).of("h2") == ["In short", *SECTIONS]
 
 
+SEVERAL = ("coupled", "pilot", "plan", "quality", "coverage", "posterior", "posterior-transfer",
+           *(f"{kind}-{name}" for kind in ("losses", "ranks") for name in ("multilevel", "transfer", "high")))
+
+
+def rows_of(text):
+    """Cells of the table rows of a page."""
+    return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+
+
+def test_several_strategies_are_compared_then_the_best_is_shown_in_full(tmp_path):
+    text = write(tmp_path, make_comparison(), SEVERAL)
+    page = Reader(text)
+    assert page.of("h2") == ["In short", *SECTIONS_OF_SEVERAL]
+    assert page.tags.count("img") == len(SEVERAL)
+    rows = rows_of(text)
+    assert ["transfer", "2,080 + 80", "10,144", "3", "−0.900 ± 0.050", "–", "0.600 ± 0.020"] in rows
+    assert ["multilevel", "2,080 + 80", "10,144", "6", "−0.850 ± 0.050", "0.050 ± 0.040", "0.600 ± 0.020"] in rows
+    assert ["high", "0 + 80", "8,000", "3", "∞", "∞", "2.500 ± 0.300"] in rows
+    assert [row[0] for row in rows if len(row) == 7][:3] == ["transfer", "multilevel", "high"]  # best first
+    assert ["multilevel", "49%", "91%", "0.6", "0.33", "0.2", "0.021"] in rows
+    assert ["gamma", "0.3", *["0.62 ± 0.25"] * 3] in rows
+    for said in ("the prior's is 0.27 and the exact posterior's is −1.5", "without a fault it is 0.022 ± 0.011",
+                 "transfer (fine tune yes); high (level euler)", "'transfer', the best here, is shown in full",
+                 "Training stopped: no better held-out loss for 30 epochs, in every stage.", "stage by stage",
+                 "Files of high high/model, high/posterior_samples.csv", "2 for each strategy"):
+        assert said in page.text, said
+
+
+def test_what_failed_is_told_and_comes_last(tmp_path):
+    lost = {"name": "multilevel", "error": "Training diverged."}
+    results = make_comparison(lost, make_record("transfer"), make_record("high"))
+    text = write(tmp_path, results, figures=())
+    page = Reader(text)
+    assert page.of("h2") == ["In short", *SECTIONS_OF_SEVERAL]
+    assert page.text.count("Training 'multilevel' failed: Training diverged.") == 1
+    assert [row[0] for row in rows_of(text) if len(row) == 7][:3] == ["transfer", "high", "multilevel\u00a0(failed)"]
+    assert page.of("h3")[-2:] == ["high", "multilevel"]
+    alone = make_comparison(lost, make_record("transfer"), best={})
+    assert "'transfer', the only one that could be trained" in Reader(write(tmp_path, alone, figures=())).text
+
+
+def test_strategies_that_were_not_checked_are_not_ranked(tmp_path):
+    records = [make_record(name, checks=None, posterior=None) for name in ("transfer", "multilevel")]
+    page = Reader(write(tmp_path, make_comparison(*records, best={}), figures=()))
+    assert page.of("h2") == ["In short", *SECTIONS_OF_SEVERAL]
+    for said in ("which strategy is best cannot be said", "the first that was asked for", "No observation was given",
+                 "Do not rely on its width"):
+        assert said in page.text, said
+    assert "negative log density" not in page.text
+    assert "None" not in page.text
+
+
+def test_likelihoods_say_how_their_chains_went(tmp_path):
+    results = make_likelihood()
+    page = Reader(write(tmp_path, results))
+    for said in ("explain 10 outputs of the finest level", "likelihood of one output given the parameters",
+                 "likelihood network", "through asinh", "400 observations of 10 outputs each",
+                 "64 Markov chains (emcee)", "581 steps each, after 219", "24.8% of the steps", "at most 1.041",
+                 "at least 1,015 independent ones",
+                 "all 40 converged", "worth 563 independent ones", "Nothing speaks against these chains",
+                 "divergence from the exact likelihood (KL), per output 0.157"):
+        assert said in page.text, said
+    assert "No exact or reference posterior" not in page.text
+    record = results["strategies"][0]
+    record["posterior"]["mcmc"].update(rhat=[1.3, "nan"], warning="The chains have not converged.")
+    record["checks"]["mcmc"]["converged"] = 33
+    page = Reader(write(tmp_path, results))
+    for said in ("could not be computed for every parameter", "Warning: The chains have not converged.",
+                 "7 of 40 did not converge, so the checks are uncertain too"):
+        assert said in page.text, said
+    assert "Nothing speaks against" not in page.text
+
+
+def test_chains_of_several_strategies_are_compared(tmp_path):
+    first, second = (make_likelihood()["strategies"][0] for _ in range(2))
+    second["name"], second["checks"]["mcmc"]["converged"] = "transfer", 30
+    second["posterior"]["mcmc"]["warning"] = "Stuck."
+    second["checks"]["nlpd"] = make_score(3.0, 0.1)
+    best = {"best": "multilevel", "behind": {"transfer": make_score(3.9, 0.1)}}
+    text = write(tmp_path, make_comparison(first, second, best=best), figures=())
+    assert ["transfer", "49%", "91%", "0.6", "0.33", "0.2", "0.021", "75%"] in rows_of(text)
+    assert "Of the observation's chain: Stuck." in Reader(text).text
+
+
+def write_run(folder, results):
+    """A folder as `mlsbi run` leaves it, without the networks."""
+    rng = np.random.default_rng(0)
+    theta, x = torch.rand(40, 2), torch.randn(40, 1)
+    MultilevelData.from_arrays([(theta, x), (theta[:20], x[:20] ** 3, x[:20])]).save(folder / "data.npz")
+    if results["files"]["reference"]:
+        pd.DataFrame(rng.uniform(size=(50, 2))).to_csv(folder / results["files"]["reference"], index=False)
+    for record in results["strategies"]:
+        if record["error"]:
+            continue
+        stages = 2 if record["name"] == "transfer" else 1
+        epochs = [{"loss": 1 / (1 + epoch), "validation_loss": 1.0, "fine_0": 1.0,
+                   **({"stage": float(epoch // 5)} if stages == 2 else {})} for epoch in range(10)]
+        write_model(folder / record["files"]["model"],
+                    {"histories": [{"epochs": epochs, "best_epoch": 7}], "prior": {"low": [0, 0], "high": [1, 1]}},
+                    {"weight": torch.zeros(1)})
+        if record["posterior"]:
+            pd.DataFrame(rng.uniform(size=(50, 2))).to_csv(folder / record["files"]["samples"], index=False)
+        if record["checks"]:
+            np.savez(folder / record["name"] / "checks.npz", hpd_levels=rng.uniform(size=30),
+                     ranks=rng.integers(0, 1001, (30, 2)))
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+LOST = {"name": "low", "error": "Training diverged."}
+BLIND = make_record("multilevel", checks=None, posterior=None)
+
+
+@pytest.mark.parametrize(("results", "names"), [
+    (make_results(), {"coupled", "plan", "losses", "posterior", "coverage", "ranks"}),
+    ({**make_results(), "strategies": [BLIND], "plan": None}, {"coupled", "losses"}),
+    (make_comparison(), set(SEVERAL) - {"pilot"}),
+    (make_comparison(make_record("high"), LOST, best={}),
+     {"coupled", "plan", "losses-high", "ranks-high", "coverage", "quality", "posterior"}),
+], ids=["one", "unchecked", "several", "failed"])  # fmt: skip
+def test_figures_of_a_run(tmp_path, results, names):
+    results = {**results, "pilot": None, "files": {"data": "data.npz", "reference": "reference_samples.csv"}}
+    write_run(tmp_path, results)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "old.png").write_bytes(PIXEL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = draw_figures(tmp_path)
+    assert {path.stem for path in written} == {path.stem for path in (tmp_path / "figures").iterdir()} == names
+    assert Reader(write_report(tmp_path).read_text(encoding="utf-8")).tags.count("img") == len(names)
+
+
+def test_figures_need_a_finished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the folder of a finished run"):
+        draw_figures(tmp_path)
+
+
 def test_number_columns_stand_to_the_right():
-    html = table(["name", "share", "n", "words"], [["a", "5%", 3, "1 of 2"], ["b", "–", None, "2 of 2"]])
+    html = table(["name", "share", "n", "words"], [["a", "5%", 3, "1 of 2"], ["b", "–", "0.5 ± 0.1", "2 of 2"]])
     assert html.count('<th class="number">') == 2
     assert html.count('<td class="number">') == 4
     with pytest.raises(ValueError, match="rows of 2 cells"):
@@ -254,3 +469,11 @@ def test_number_columns_stand_to_the_right():
 ])  # fmt: skip
 def test_numbers_are_written_as_people_do(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(("mean", "error", "text"), [
+    (-0.91234, 0.0512, "−0.912 ± 0.051"), (1234.5, 160.0, "1,234 ± 160"), (2.0, 0.0, "2 ± 0"), ("inf", "nan", "∞"),
+    (0.5, None, "0.5"), (None, None, "–"),
+])  # fmt: skip
+def test_errors_set_the_digits(mean, error, text):
+    assert give_or_take(mean, error) == text

@@ -115,6 +115,27 @@ def test_budgets_can_be_simulated(task):
     assert len(task.test(min(task.test_rows, 20), 0)[0]) == min(task.test_rows, 20)
 
 
+def test_likelihood_is_finite_and_prefers_the_right_theta(task):
+    if task.likelihood is None:
+        pytest.skip("no exact likelihood is known")
+    theta, x = task.test(200, 0)
+    value = task.likelihood(x, theta)
+    assert value.shape == (200,)
+    assert torch.isfinite(value).all()
+    assert value.mean() > task.likelihood(x, theta.roll(1, 0)).mean()
+    assert torch.equal(pickle.loads(pickle.dumps(task.likelihood))(x, theta), value)
+
+
+def test_likelihood_and_reference_are_of_one_posterior(task):
+    """Where both are known they differ by the prior and a constant of x."""
+    if task.likelihood is None or task.reference is None:
+        pytest.skip("not both are known")
+    theta, x = task.test(6, 0)
+    x = x[:1].expand(6, -1)
+    gap = task.reference.log_prob(theta, x) - task.likelihood(x, theta) - task.prior.log_prob(theta)
+    assert torch.allclose(gap, gap[:1].expand(6), atol=1e-4)
+
+
 def test_survives_pickling(task):
     again = pickle.loads(pickle.dumps(task))
     assert torch.equal(again.simulate(rows_of(task, 4), 0).levels[0].fine,
