@@ -36,6 +36,7 @@ CREDIBILITY = (0.5, 0.8, 0.9, 0.95)
 ALARM = 0.01
 """P-value below which a deviation from uniformity is called one, over all tests of a kind."""
 
+_DOUBT = 0.05  # p-value below which one may be, which one calibrated posterior in twenty is too
 _EXACT_ROWS, _EXACT_DRAWS = 50, 200
 _PRIOR_DRAWS = 4000
 
@@ -261,11 +262,11 @@ def _calibration(checks: Mapping[str, Any]) -> str:
     found = dict(zip(checks["coverage"]["credibility"], checks["coverage"]["found"], strict=True))
     at, p = found[0.9], checks["coverage"]["p"]
     stated = f"90% regions hold the truth in {100 * at:.0f}% of {checks['n_test']} tests (uniformity p = {p:.2g})"
-    if p >= ALARM:
+    if p >= _DOUBT:
         return f"Its stated probabilities are consistent with what happens: {stated}."
     mean_gap = float(np.mean(np.asarray(checks["coverage"]["found"]) - np.asarray(checks["coverage"]["credibility"])))
     word = "overconfident" if mean_gap < 0 else "too cautious"
-    return f"It is {word}: {stated}."
+    return f"It {'may be' if p >= ALARM else 'is'} {word}: {stated}."
 
 
 def _shape(checks: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -34,7 +34,10 @@ def score(mean, error=0.1):
         ({"nlpd": score(0.9)}, ["worse than the prior by 0.63", "do not use it"], []),
         ({"nlpd": score(0.25)}, ["cannot be told from the prior"], []),
         ({"nlpd": score(math.inf, math.nan)}, ["no density at all", "must not be used"], []),
-        ({"coverage": {"credibility": CREDIBILITY, "found": [0.3, 0.6, 0.7, 0.8], "p": 1e-6}}, ["overconfident"], []),
+        ({"coverage": {"credibility": CREDIBILITY, "found": [0.3, 0.6, 0.7, 0.8], "p": 1e-6}}, ["is overconfident"],
+         []),
+        ({"coverage": {"credibility": CREDIBILITY, "found": [0.3, 0.6, 0.7, 0.8], "p": 0.02}},
+         ["may be overconfident"], ["consistent"]),
         ({"coverage": {"credibility": CREDIBILITY, "found": [0.7, 0.95, 0.99, 1.0], "p": 1e-6}}, ["too cautious"], []),
         ({"sbc": {"p": [0.001, 0.4]}}, ["ranks of gamma are not uniform"], []),
         ({"sbc": {"p": [0.007, 0.4]}}, [], ["ranks"]),  # two tests: 0.005 each
