@@ -4,6 +4,8 @@ r"""Neural likelihoods of the g-and-k distribution: how far each strategy is fro
 score is the Kullback-Leibler divergence E[log p(x | theta) - log q(x | theta)] over 20 000 test rows, which is exact in
 expectation. Every seed is its own data, initialisation and test rows.
 
+Seeds 0 to 9 showed that alignment could part the bulk of the two levels, and were not used again after it was mended.
+
     python experiments/g_and_k_likelihood.py
 """
 
@@ -26,8 +28,7 @@ STRATEGIES: dict[str, Any] = {
     "transfer": "transfer",
     "high": "high",
     "low": "low",
-    "multilevel, not aligned": Multilevel(align=False),
-    "multilevel, rescale + project": Multilevel(align=False, rescale=True, project=True),
+    "multilevel, rescale + project": Multilevel(rescale=True, project=True),
     "transfer, aligned": TransferLearning(align=True),
 }
 LOW_ROWS, PAIRS, TEST_ROWS = 10_000, (50, 300), 20_000
@@ -53,7 +54,7 @@ def main() -> None:
     """Runs what is missing and writes `experiments/results/g_and_k_likelihood.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first", type=int, default=0, help="first seed; reported results start at 0")
+    parser.add_argument("--first", type=int, default=10, help="first seed; reported results start at 10")
     parser.add_argument("--cells", type=Path, default=Path("runs/g_and_k_likelihood"), help="folder of finished cells")
     options = parser.parse_args()
     seeds = list(range(options.first, options.first + options.seeds))

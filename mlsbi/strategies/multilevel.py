@@ -25,7 +25,8 @@ class Multilevel:
         rescale: Whether the coarse gradient of each pair gets the length of the fine one.
         project: Whether the gradients of level 0 and of the correction are projected when they conflict.
         align: Whether outputs of cheap levels are mapped towards the finest by an affine map per output, fitted on
-            the pairs trained on. The sum still telescopes: both halves that contain a level are mapped alike.
+            the pairs trained on, where that brings them closer. The sum still telescopes: both halves that contain a
+            level are mapped alike.
 
     Raises:
         ValueError: If `weights` is another word.

@@ -4,6 +4,9 @@ Any fixed map of a level's output defines another valid lower level: as long as 
 mapped alike, the sum still telescopes to the finest level. A map that follows the fine output raises the correlation
 within pairs, and spares the network from telling the levels apart. The maps here are fitted on the training pairs that
 they then map, which biases the correction by a term that falls with the number of pairs.
+
+A feature is left as it is unless its map brings most pairs closer, not a few far ones: where levels agree but for their
+tails, a map that follows the tails would part the bulk.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from mlsbi.training.objective import Term
 __all__ = ["align_terms", "fit_affine"]
 
 _PRIOR_PAIRS = 4.0
+_GAIN = 0.9  # of the mean absolute difference of pairs: a map is used where it leaves less
 
 
 def fit_affine(
@@ -76,6 +80,9 @@ def align_terms(
         if coarse is None:
             raise ValueError(f"Expected pairs at level {level}; its coarse outputs are missing.")
         slope, shift = fit_affine(coarse, fine, own.var(_with_rows(shared), correction=0, keepdim=True)[0], shared)
+        before, after = ((fine - given).abs().mean(_with_rows(shared), keepdim=True)[0]
+                         for given in (coarse, torch.addcmul(shift, slope, coarse)))
+        slope, shift = slope.where(after < _GAIN * before, 1.0), shift.where(after < _GAIN * before, 0.0)
         for terms in aligned:
             if terms:
                 fine, coarse = terms[level].outputs

@@ -97,3 +97,17 @@ def test_exchangeable_outputs_share_their_map():
     assert torch.allclose(high.coarse, high.fine, atol=0.1)  # 2000 pairs of numbers, where 5 rows alone leave half
     apart = align_terms(terms, [])[0][1]
     assert (apart.coarse - apart.fine).abs().mean() > 0.3
+
+
+def test_levels_that_agree_but_for_their_tails_are_left_alone():
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.randn(200, 2, generator=g)
+    fine = torch.where(coarse.abs() > 1.8, 4 * coarse, coarse)  # a slope of 1.8 by least squares
+    fine[:, 1] = 2 * coarse[:, 1] + 1
+    terms = [Term(torch.zeros(200, 1), coarse), Term(torch.zeros(200, 1), fine, coarse)]
+    (low, high), _ = align_terms(terms, [])
+    assert torch.equal(high.coarse[:, 0], coarse[:, 0])
+    assert torch.equal(low.fine[:, 0], coarse[:, 0])
+    assert (high.coarse[:, 1] - fine[:, 1]).abs().mean() < 0.1
+    slope, _ = fit_affine(coarse, fine, coarse.var(0))
+    assert slope[0] > 1.5  # the map that was not used
