@@ -33,14 +33,16 @@ def provenance() -> dict[str, Any]:
 
 
 def resume_cell(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of one cell of an experiment, read if an earlier run finished it."""
-    path = folder / f"{key}.json"
+    """The result of one cell of an experiment, read if an earlier run at the same commit finished it."""
+    path, commit = folder / f"{key}.json", provenance()["commit"]
     if path.is_file():
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        if kept.get("commit") == commit:
+            return kept["result"]
     result = compute()
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
+    partial.write_text(json.dumps({"commit": commit, "result": result}))
     os.replace(partial, path)
     return result
 

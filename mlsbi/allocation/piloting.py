@@ -239,9 +239,9 @@ def _cross_fit(
                  seed=child_seed(seed, JOINT_STREAM, fold, 1), label=f"pilot network {fold + 1}/{_FOLDS}")
         for found, term in zip(losses, sources, strict=True):
             chosen = torch.arange(len(term)) % _FOLDS == fold
-            with torch.no_grad():
-                log_prob = network.log_prob(term.input[chosen].to(device), term.fine[chosen].to(device))
-            found[chosen.numpy()] = -log_prob.double().cpu().numpy()
+            rows = problem.standardise(term.rows(chosen)).to(device)
+            with torch.no_grad():  # the loss that is trained on: a transform's own log-determinant is not part of it
+                found[chosen.numpy()] = -network.standard_log_prob(rows.input, rows.fine).double().cpu().numpy()
     return np.stack(losses[:len(joint.outputs)], 1), losses[len(joint.outputs):]
 
 

@@ -164,8 +164,9 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     target = _target(options)
     label = Path(target.name.partition(":")[0]).stem
     out = options.out or Path("runs") / f"{label}-{'-'.join(options.strategy)}-{options.seed}"
-    if (out / "results.json").exists() and not options.overwrite:
-        raise ValueError(f"{out} holds the results of an earlier run. Give another --out, or --overwrite.")
+    kept = [name for name in ("results.json", "data.npz", "pilot.npz") if (out / name).exists()]
+    if kept and not options.overwrite:
+        raise ValueError(f"{out} holds {', '.join(kept)} of an earlier run. Give another --out, or --overwrite.")
     for name, least in (("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")

@@ -26,6 +26,7 @@ from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, count_runs, spread
 from mlsbi.density.embeddings import embedding_to_config
 from mlsbi.density.registry import builder_to_config
+from mlsbi.inference.mcmc import ChainError
 from mlsbi.inference.mcmc_posterior import MCMCOptions, MCMCPosterior
 from mlsbi.inference.nle import NLE
 from mlsbi.inference.npe import NPE
@@ -38,8 +39,9 @@ from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
 from mlsbi.simulation.campaign import simulate
 from mlsbi.simulation.seeding import TEST_STREAM, RowSource
-from mlsbi.strategies.registry import strategy_to_config
+from mlsbi.strategies.registry import strategy_names, strategy_to_config
 from mlsbi.training.loop import TrainingError, TrainingOptions
+from mlsbi.training.objective import Term
 
 __all__ = ["FEWEST_ROWS", "RunRequest", "check_budget", "run"]
 
@@ -49,7 +51,7 @@ FEWEST_ROWS = 2
 _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
 _CHAIN_DRAWS = 199  # where draws are dear
 _LIKELIHOOD_TESTS = 100
-_LIKELIHOOD_ROWS = 20_000
+_LIKELIHOOD_ROWS = 5000
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,13 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     kind = request.estimator or target.estimator
     estimators = {name: _estimator(target, request, kind, name) for name in request.strategies}
     n_asked = _check_request(target, request, kind)
-    m = (request.observations or target.observations) if kind == "nle" else 1
+    _check_strategies(estimators, len(target.level_names))
     default = target.default_tests if kind == "npe" else min(target.default_tests, _LIKELIHOOD_TESTS)
     n_tests = default if request.tests is None else request.tests
     observed = _read_observation(target, request, kind)
+    m = _count_observations(target, request, kind, observed)
     out = request.out
-    _clear(out)
+    _clear(out, request.strategies)
 
     report, plan, data = _simulate(target, request, kind, n_asked, say)
     data.save(out / "data.npz")
@@ -118,8 +121,9 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
                          else target.test(test_rows, request.seed)))
     if observed is None and tests is not None:
         truth, observed = tests.theta[0], tests.x[0]
-    exact = _draw_exact(target, request, kind, observed)
-    results = {
+    judged = _judge_rows(target, request, kind) if n_tests else None
+    exact, exact_chain = _draw_exact(target, request, kind, observed)
+    results: dict[str, Any] = {
         "format": 2,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"mlsbi": mlsbi.__version__, "python": platform.python_version(),
@@ -130,12 +134,14 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         **_planned(report, plan, n_asked, target),
         "levels": _levels(target, report, data),
         "cost_unit": "as declared" if target.level_costs else "seconds",
-        "spent": _spent(target, report, data, test_rows * m),
+        "spent": _spent(target, report, data, test_rows * m + (len(judged.theta) if judged else 0)),
+        "reference": exact_chain,
         "files": {"data": "data.npz", "reference": "reference_samples.csv" if exact is not None else None},
     }
     if exact is not None:
         exact.to_csv(out / "reference_samples.csv", index=False)
-    records, log_q = [], {}
+    results["strategies"] = records = []
+    log_q: dict[str, np.ndarray[Any, Any]] = {}
     for name, estimator in estimators.items():
         if len(estimators) > 1:
             say(f"{name}:")
@@ -147,21 +153,61 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
             records.append({"name": name, "error": str(error)})
             say(f"failed: {error}")
             continue
-        record, arrays = _infer(target, request, estimator, observed, truth, tests if n_tests else None, out / name)
+        record, arrays = _infer(target, request, estimator, observed, truth, tests if n_tests else None, judged,
+                                out / name)
         record.update(name=name, error=None, **_cost_of(estimator, results, data))
         records.append(record)
         log_q[name] = arrays.get("log_q", np.empty(0))
+        # Written anew after every strategy: what is done stays, whatever happens to the next one.
+        results["comparison"] = compare(records, log_q)
+        results["verdict"] = verdict(results)
+        _write_results(out, results)
     if not log_q:
         raise TrainingError("; ".join(f"{record['name']}: {record['error']}" for record in records))
-    results["strategies"] = records
-    results["comparison"] = compare(records, log_q)
     results["verdict"] = verdict(results)
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(_plain(results), indent=1))
-    os.replace(partial, out / "results.json")
+    _write_results(out, results)
     draw_figures(out)
     write_report(out)
     return results
+
+
+def _write_results(out: Path, results: Mapping[str, Any]) -> None:
+    partial = out / "results.json.partial"
+    partial.write_text(json.dumps(_plain(results), indent=1))
+    os.replace(partial, out / "results.json")
+
+
+def _check_strategies(estimators: Mapping[str, NPE | NLE], levels: int) -> None:
+    """Raises a `ValueError` if a strategy cannot use data of so many levels."""
+    rows = [Term(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1) if level else None) for level in range(levels)]
+    for name, estimator in estimators.items():
+        if estimator.strategy is not None:
+            try:
+                estimator.strategy.terms(rows)
+            except ValueError as error:
+                raise ValueError(f"Strategy '{name}': {error}") from error
+
+
+def _count_observations(target: Target, request: RunRequest, kind: str, observed: Tensor | None) -> int:
+    """Outputs that make one observation: those in the user's file, else as asked or as the task usually has."""
+    if kind != "nle":
+        return 1
+    if observed is None:
+        return request.observations or target.observations
+    if request.observations is not None and request.observations != len(observed):
+        raise ValueError(f"{request.x_o} holds {len(observed)} observations; --observations says "
+                         f"{request.observations}. Leave it out.")
+    if len(observed) > 1 and target.stack is None and request.tests != 0:
+        raise ValueError(f"'{target.name}' has one output at each theta, so a posterior given {len(observed)} cannot "
+                         "be tested. Add --tests 0 to go on without.")
+    return len(observed)
+
+
+def _judge_rows(target: Target, request: RunRequest, kind: str) -> _Tests | None:
+    """Single outputs on which a likelihood is compared with the exact one, where that is known."""
+    if kind != "nle" or target.likelihood is None:
+        return None
+    return _Tests(*target.test(min(target.most_rows, _LIKELIHOOD_ROWS), request.seed))
 
 
 def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) -> NPE | NLE:
@@ -177,7 +223,7 @@ def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) ->
 
 def _infer(
     target: Target, request: RunRequest, estimator: NPE | NLE, observed: Tensor | None, truth: Tensor | None,
-    tests: _Tests | None, folder: Path,
+    tests: _Tests | None, judged: _Tests | None, folder: Path,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     """Saves a trained estimator, draws from its posterior and checks it."""
     say = request.say or (lambda text: None)
@@ -189,6 +235,7 @@ def _infer(
         "training": [_trained(history) for history in estimator.histories],
         "posterior": None,
         "checks": None,
+        "failures": [],
         "files": {"model": f"{folder.name}/model"},
     }
     arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -196,25 +243,39 @@ def _infer(
         # A chain that has not converged is in the results and the verdict.
         warnings.filterwarnings("ignore", message="MCMC has not converged")
         if observed is not None:
-            samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
-            samples.to_csv(folder / "posterior_samples.csv", index=False)
-            record["posterior"] = _summary(posterior, samples.to_numpy(), truth, request)
-            record["files"]["samples"] = f"{folder.name}/posterior_samples.csv"
+            try:
+                samples = posterior.to_frame(request.draws, seed=child_seed(request.seed, 2))
+                samples.to_csv(folder / "posterior_samples.csv", index=False)
+                record["posterior"] = _summary(posterior, samples.to_numpy(), truth, request)
+                record["files"]["samples"] = f"{folder.name}/posterior_samples.csv"
+            except (ValueError, ChainError) as error:
+                record["failures"].append(f"It could not be sampled at the observation: {error}")
         if tests is not None:
             say(f"checking on {len(tests.theta)} test simulations")
-            is_set = isinstance(estimator, NLE)
-            known = target.reference is not None and (not is_set or tests.x.shape[1] == 1)
-            checks, arrays = check_posterior(
-                posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
-                seed=child_seed(request.seed, 3), reference=target.reference if known else None,
-                reference_x=tests.x[:, 0] if is_set else None,
-            )
-            if isinstance(estimator, NLE) and target.likelihood is not None:
-                theta, x = target.test(min(target.most_rows, _LIKELIHOOD_ROWS), request.seed)
-                checks["likelihood_kld"] = vars(check_likelihood(estimator.likelihood, target.likelihood, theta, x))
-            record["checks"] = checks
-            np.savez(folder / "checks.npz", **arrays)  # type: ignore[arg-type]
+            try:
+                record["checks"], arrays = _check(target, request, estimator, posterior, tests, judged)
+                np.savez(folder / "checks.npz", **arrays)  # type: ignore[arg-type]
+            except (ValueError, ChainError) as error:
+                record["failures"].append(f"It could not be checked: {error}")
+    for failure in record["failures"]:
+        say(failure)
     return record, arrays
+
+
+def _check(
+    target: Target, request: RunRequest, estimator: NPE | NLE, posterior: Any, tests: _Tests, judged: _Tests | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    is_set = isinstance(estimator, NLE)
+    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1)
+    checks, arrays = check_posterior(
+        posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
+        seed=child_seed(request.seed, 3), reference=target.reference if known else None,
+        reference_x=tests.x[:, 0] if is_set else None,
+    )
+    if isinstance(estimator, NLE) and target.likelihood is not None and judged is not None:
+        score = check_likelihood(estimator.likelihood.log_prob, target.likelihood, judged.theta, judged.x)
+        checks["likelihood_kld"] = vars(score)
+    return checks, arrays
 
 
 def _cost_of(estimator: NPE | NLE, results: Mapping[str, Any], data: MultilevelData) -> dict[str, Any]:
@@ -226,22 +287,32 @@ def _cost_of(estimator: NPE | NLE, results: Mapping[str, Any], data: MultilevelD
     return {"runs": runs, "cost": cost}
 
 
-def _draw_exact(target: Target, request: RunRequest, kind: str, observed: Tensor | None) -> pd.DataFrame | None:
-    """Draws from the exact posterior of the observation, where it is known, on its own or through the likelihood."""
+def _draw_exact(
+    target: Target, request: RunRequest, kind: str, observed: Tensor | None
+) -> tuple[pd.DataFrame | None, dict[str, Any] | None]:
+    """Draws from the exact posterior of the observation, where it is known or follows from a known likelihood.
+
+    With the latter comes how its chain went.
+    """
     seed = child_seed(request.seed, 6)
     if observed is None:
-        return None
+        return None, None
     names = list(parameter_names(target.prior))
     single = kind == "npe" or len(observed) == 1
     if target.reference is not None and single:
         x = observed[0] if kind == "nle" else observed
-        return pd.DataFrame(target.reference.sample(request.draws, x, seed).numpy(), columns=names)
+        return pd.DataFrame(target.reference.sample(request.draws, x, seed).numpy(), columns=names), None
     if target.likelihood is None:
-        return None
+        return None, None
     sets = observed if kind == "nle" else observed[None]
     posterior = MCMCPosterior(target.likelihood, target.prior, tuple(sets.shape[1:]), sets,
                               mcmc=MCMCOptions(method="emcee"))
-    return posterior.to_frame(request.draws, seed=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MCMC has not converged")
+        try:
+            return posterior.to_frame(request.draws, seed=seed), _chain(posterior)
+        except (ValueError, ChainError) as error:
+            return None, {"warning": f"It could not be sampled: {error}"}
 
 
 def _asked(
@@ -258,14 +329,16 @@ def _asked(
     }
 
 
-def _clear(out: Path) -> None:
+def _clear(out: Path, strategies: Sequence[str]) -> None:
     """Removes what an earlier run left, so that nothing of it is taken for this one's."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "report.html", "data.npz", "pilot.npz", "reference_samples.csv"):
         (out / name).unlink(missing_ok=True)
-    for pattern in ("figures/*.png", "*/model/model.*", "*/posterior_samples.csv", "*/checks.npz"):
-        for path in out.glob(pattern):
-            path.unlink()
+    found = list(out.glob("figures/*.png"))
+    for name in {*strategies, *strategy_names()}:
+        found += [*(out / name).glob("model/model.*"), out / name / "posterior_samples.csv", out / name / "checks.npz"]
+    for path in found:
+        path.unlink(missing_ok=True)
 
 
 def check_budget(target: Target, budget: float, pilot_rows: int) -> None:

@@ -70,7 +70,14 @@ class ConditionalDensity(nn.Module):
 def _embedded_length(embedding: nn.Module, shape: torch.Size) -> int:
     """Length of an embedding's vectors, the same for two rows and for three."""
     device = next((parameter.device for parameter in embedding.parameters()), None)
-    found = [tuple(embedding(torch.zeros(rows, *shape, device=device)).shape) for rows in (2, 3)]
+    training = embedding.training
+    embedding.eval()  # so that zeros leave no trace in batch statistics
+    try:
+        found = [tuple(embedding(torch.zeros(rows, *shape, device=device)).shape) for rows in (2, 3)]
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"The embedding cannot read rows of shape {tuple(shape)}: {error}") from error
+    finally:
+        embedding.train(training)
     if any(len(got) != 2 for got in found) or [got[0] for got in found] != [2, 3] or found[0][1] != found[1][1]:
         raise ValueError(f"Expected the embedding to return vectors (n, k), k the same for every n; 2 and 3 rows of "
                          f"shape {tuple(shape)} gave {found[0]} and {found[1]}.")

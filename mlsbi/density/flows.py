@@ -97,11 +97,29 @@ class NSF:
         return FlowDensity(Flow(CompositeTransform(layers), StandardNormal([dim])))
 
 
+class _Conditioned(nn.Module):
+    """A masked network of nflows whose first feature, blind there, sees the condition through layers of its own."""
+
+    def __init__(self, made: nn.Module, condition_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.made = made
+        last = nn.Linear(hidden, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.first = nn.Sequential(nn.Linear(condition_dim, hidden), nn.ReLU(), last)
+
+    def forward(self, inputs: Tensor, context: Tensor) -> Tensor:
+        """Scale and shift of every feature, those of the first one first, shape `(n, 2 * features)`."""
+        both = self.made(inputs, context)
+        return torch.cat([both[:, :2] + self.first(context), both[:, 2:]], 1)
+
+
 @dataclass(frozen=True)
 class MAF:
     r"""Masked autoregressive flow: affine maps of each feature given those before it, the order reversed in between.
 
-    With one feature that is a Gaussian given the condition. Sampling takes as many passes as there are features.
+    With one feature that is a Gaussian given the condition. In nflows the first feature of a map does not see the
+    condition; here it does. Sampling takes as many passes as there are features.
 
     Args:
         transforms: Number of autoregressive maps.
@@ -134,8 +152,10 @@ class MAF:
         for index in range(self.transforms):
             if index:
                 layers.append(ReversePermutation(dim))
-            layers.append(MaskedAffineAutoregressiveTransform(
+            transform = MaskedAffineAutoregressiveTransform(
                 dim, hidden_features=max(self.hidden, dim), context_features=condition_dim, num_blocks=self.blocks,
                 dropout_probability=self.dropout,
-            ))
+            )
+            transform.autoregressive_net = _Conditioned(transform.autoregressive_net, condition_dim, self.hidden)
+            layers.append(transform)
         return FlowDensity(Flow(CompositeTransform(layers), StandardNormal([dim])))

@@ -15,6 +15,7 @@ Transform: TypeAlias = Literal["none", "asinh"]
 
 _CHUNK = 8192  # rows; bounds the memory that float64 copies take
 _QUARTILE_ROWS = 20_000  # values a feature; bounds the work of sorting
+_QUARTILE_VALUES = 4_000_000  # of all features; bounds the memory
 _NORMAL_IQR = 1.349  # interquartile range of a standard normal
 
 
@@ -134,7 +135,8 @@ def check_transform(transform: str) -> Transform:
 def _quartiles(rows: Sequence[Tensor], shared: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Median and interquartile range, in standard deviations of a normal, of every feature; a constant has range 1."""
     shape = rows[0].shape[1:]
-    step = max(1, sum(len(part) for part in rows) // _QUARTILE_ROWS)
+    most = max(min(_QUARTILE_ROWS, _QUARTILE_VALUES // max(shape.numel(), 1)), 100)
+    step = -(-sum(len(part) for part in rows) // most)
     values = torch.cat([part[::step].double() for part in rows]).numpy()
     axes = (0, *(axis + 1 for axis in shared))
     low, centre, high = (torch.from_numpy(np.asarray(value))[0].expand(shape).contiguous()

@@ -111,11 +111,17 @@ def fom(samples: ArrayLike, low: ArrayLike, high: ArrayLike) -> Score:
     width = centred.std(1, ddof=1, keepdims=True)
     scaled = centred / width
     sign, log_det = np.linalg.slogdet(scaled.transpose(0, 2, 1) @ scaled / (n - 1))
-    singular = int(((sign <= 0) | (log_det < np.log(dim * np.finfo(np.float64).eps))).sum())
+    singular = int(((sign <= 0) | (log_det < np.log(dim * _precision(samples)))).sum())
     if singular:
         raise ValueError(f"Expected a covariance that is not singular; at {singular} observations it is: parameters "
                          "of the draws depend on each other.")
     return _score(np.exp(-(log_det + 2 * np.log(width[:, 0]).sum(1)) / dim))
+
+
+def _precision(samples: ArrayLike) -> float:
+    """Rounding error of draws in the precision they come in."""
+    kind = np.asarray(samples).dtype
+    return float(np.finfo(kind if np.issubdtype(kind, np.floating) else np.float64).eps)
 
 
 def mse(theta: ArrayLike, samples: ArrayLike) -> np.ndarray[Any, Any]:

@@ -20,6 +20,7 @@ def run_emcee(
     *,
     effective: int = 1000,
     max_steps: int = 10_000,
+    least: int = 1,
     seed: int,
     progress: bool = False,
     label: str = "MCMC",
@@ -35,6 +36,7 @@ def run_emcee(
         start: Where the W walkers start, shape `(W, D)`; W of at least 2 D, and 64 or more is efficient.
         effective: Effective draws of every parameter to reach.
         max_steps: Steps of each walker, at most.
+        least: Draws to keep at least, if `max_steps` allows.
         seed: Seed of the run. Numpy's and torch's global random states are left as found.
         progress: Whether to show a progress bar.
         label: What the bar says.
@@ -57,7 +59,8 @@ def run_emcee(
         raise ValueError(f"Expected at least {max(4, 2 * dim)} walkers for {dim} parameters; got {walkers}.")
     begun = time.perf_counter()
     steps = _emcee_steps(log_density, start, check_seed(seed))
-    return collect(steps, "emcee", begun, effective, max_steps, warmup=None, progress=progress, label=label)
+    return collect(steps, "emcee", begun, effective, max_steps, least=least,
+                   warmup=None, progress=progress, label=label)
 
 
 def _emcee_steps(log_density: LogDensity, start: Tensor, seed: int) -> Iterator[Step]:

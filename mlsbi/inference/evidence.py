@@ -11,7 +11,7 @@ from torch import Tensor
 from mlsbi.inference.mcmc import LogDensity
 from mlsbi.randomness import check_seed, child_seed
 
-__all__ = ["Evidence", "log_evidence", "propose", "summarise_weights"]
+__all__ = ["Evidence", "fewest_draws", "log_evidence", "propose", "summarise_weights"]
 
 _KERNELS = 300
 _SHARE = 20  # each kernel has the shape of one draw in 20, its neighbours
@@ -62,8 +62,8 @@ def log_evidence(log_density: LogDensity, draws: Tensor, *, proposals: int = 400
         | https://artowen.su.domains/mc/Ch-var-is.pdf
     """
     n, batch, dim = draws.shape
-    if n < 20 * dim + 80:
-        raise ValueError(f"Expected at least {20 * dim + 80} draws of {dim} parameters; got {n}.")
+    if n < fewest_draws(dim):
+        raise ValueError(f"Expected at least {fewest_draws(dim)} draws of {dim} parameters; got {n}.")
     if not bool(torch.isfinite(draws).all()):
         raise ValueError("Expected finite draws; some are NaN or infinite.")
     check_seed(seed)
@@ -76,6 +76,11 @@ def log_evidence(log_density: LogDensity, draws: Tensor, *, proposals: int = 400
     value = torch.cat([log_density(chunk.to(draws)).double().cpu() for chunk in points.split(rows)])
     log_weight = torch.where(value.isnan(), -torch.inf, value) - log_weight
     return summarise_weights(log_weight)
+
+
+def fewest_draws(dim: int) -> int:
+    """Draws of `dim` parameters that it takes to shape proposals."""
+    return 20 * dim + 80
 
 
 def summarise_weights(log_weight: Tensor) -> Evidence:

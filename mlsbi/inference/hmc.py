@@ -30,6 +30,7 @@ def run_hmc(
     max_steps: int = 2000,
     warmup: int = 200,
     leapfrog: int = 16,
+    least: int = 1,
     seed: int,
     progress: bool = False,
     label: str = "HMC",
@@ -49,6 +50,7 @@ def run_hmc(
         max_steps: Steps of each chain with warm-up, at most.
         warmup: Steps of warm-up.
         leapfrog: Most leapfrog steps, and so gradients, per step.
+        least: Draws to keep at least, if `max_steps` allows.
         seed: Seed of the run. Torch's global random state is left as found.
         progress: Whether to show a progress bar.
         label: What the bar says.
@@ -71,7 +73,8 @@ def run_hmc(
         raise ValueError(f"Expected starts of shape (B, C, D) with at least 2 chains each; got {tuple(start.shape)}.")
     begun = time.perf_counter()
     steps = _hmc_steps(log_density, start, warmup, leapfrog, check_seed(seed))
-    return collect(steps, "HMC", begun, effective, max_steps, warmup=warmup, progress=progress, label=label)
+    return collect(steps, "HMC", begun, effective, max_steps, least=least,
+                   warmup=warmup, progress=progress, label=label)
 
 
 def _hmc_steps(log_density: LogDensity, start: Tensor, warmup: int, most: int, seed: int) -> Iterator[Step]:

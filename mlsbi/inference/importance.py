@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlsbi.inference.evidence import Evidence, propose, summarise_weights
-from mlsbi.inference.mcmc import LogDensity
+from mlsbi.inference.evidence import propose, summarise_weights
+from mlsbi.inference.mcmc import LogDensity, flattening
 from mlsbi.randomness import child_seed
 
 __all__ = ["Resampling", "Sample", "run_importance"]
@@ -54,16 +54,14 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """Draws from B densities, and their normalisers.
+    """Draws from B densities.
 
     Attributes:
         draws: Shape `(n, B, D)`.
-        evidence: Log normalisers, from the same proposals.
         convergence: What is known about the draws of each density, length B.
     """
 
     draws: Tensor
-    evidence: Evidence
     convergence: tuple[Resampling, ...]
 
 
@@ -103,32 +101,17 @@ def run_importance(
         value = torch.cat([log_density(chunk.to(start)).double().cpu()
                            for chunk in points.split(max(1, _CHUNK // batch))])
         log_weight = torch.where(value.isnan(), -torch.inf, value) - log_proposal
-        evidence = summarise_weights(log_weight)
-        if turn == rounds or bool((evidence.effective >= effective).all()):
+        found = summarise_weights(log_weight).effective
+        if turn == rounds or bool((found >= effective).all()):
             break
-        flat = log_weight * _flattening(log_weight)
+        flat = log_weight * flattening(log_weight, _SPREAD)
         centres = torch.stack([_resample(points[:, b], flat[:, b], _CENTRES, generators[b])
                                for b in range(batch)], 1).to(start)
     draws = torch.stack([_resample(points[:, b], log_weight[:, b], n, generators[b]) for b in range(batch)], 1)
     seconds = time.perf_counter() - begun
-    return Sample(draws.to(start), evidence, tuple(
-        Resampling((float(found),), proposals, turn, seconds) for found in evidence.effective
+    return Sample(draws.to(start), tuple(
+        Resampling((float(one),), proposals, turn, seconds) for one in found
     ))
-
-
-def _flattening(log_weight: Tensor) -> Tensor:
-    """The largest powers, up to 1, that leave `_SPREAD` effective weights in each column, shape `(B,)`."""
-    low, high = torch.full_like(log_weight[0], -40.0), torch.zeros_like(log_weight[0])
-    finite = log_weight - log_weight.max(0).values
-    for _ in range(50):
-        middle = (low + high) / 2
-        good = _effective(finite * middle.exp()) >= _SPREAD
-        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
-    return torch.where(_effective(finite) >= _SPREAD, 1.0, low.exp())
-
-
-def _effective(log_weight: Tensor) -> Tensor:
-    return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
 
 
 def _resample(points: Tensor, log_weight: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,8 @@ from mlsbi.randomness import child_seed, seeded
 
 __all__ = ["NeuralLikelihood"]
 
+_CHUNK = 1 << 16  # rows evaluated at once
+
 
 class NeuralLikelihood:
     r"""The mixture of an ensemble of densities q(x | theta) of one output.
@@ -36,11 +38,15 @@ class NeuralLikelihood:
         self._unbounded = Unbounded(prior)
 
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
-        """Log densities `(n,)` of outputs x `(n, ...)`, each given its theta `(n, D)`; differentiable, unchecked."""
-        features = self._unbounded.features(theta)
-        rows = x.flatten(1)
+        """Log densities `(n,)` of outputs x `(n, ...)`, each given its theta `(n, D)`.
+
+        Differentiable and unchecked. Arguments and result are on the CPU, wherever the networks are.
+        """
+        features = self._unbounded.features(theta).to(self._device)
+        rows = x.flatten(1).to(self._device)
         members = torch.stack([network.log_prob(rows, features) for network in self.networks])
-        return members.logsumexp(0) - np.log(len(self.networks)) if len(members) > 1 else members[0]
+        mixture = members.logsumexp(0) - np.log(len(self.networks)) if len(members) > 1 else members[0]
+        return mixture.cpu()
 
     @torch.no_grad()
     def log_prob(self, x: Any, theta: Any) -> Tensor:
@@ -52,7 +58,8 @@ class NeuralLikelihood:
         outputs, parameters = read_observations(x, self.x_shape), self._parameters(theta)
         if len(outputs) != len(parameters):
             raise ValueError(f"Expected as many outputs as theta; got {len(outputs)} and {len(parameters)}.")
-        return self(outputs.to(self._device), parameters.to(self._device)).cpu()
+        chunks = zip(outputs.split(_CHUNK), parameters.split(_CHUNK), strict=True)
+        return torch.cat([self(*chunk) for chunk in chunks])
 
     @torch.no_grad()
     def sample(self, theta: Any, seed: int | None = None) -> Tensor:
@@ -61,8 +68,12 @@ class NeuralLikelihood:
         features = self._unbounded.features(parameters).to(self._device)
         with seeded(child_seed(seed), self._device):
             member = torch.randint(len(self.networks), (len(features),))
-            drawn = torch.stack([network.sample(1, features)[0].cpu() for network in self.networks])
-        return drawn[member, torch.arange(len(features))].reshape(-1, *self.x_shape)
+            drawn = torch.empty(len(features), self.networks[0].input_scaler.mean.numel())
+            for index, network in enumerate(self.networks):
+                own = (member == index).nonzero()[:, 0]
+                if len(own):
+                    drawn[own] = network.sample(1, features[own.to(features.device)])[0].cpu()
+        return drawn.reshape(-1, *self.x_shape)
 
     @property
     def _device(self) -> torch.device:

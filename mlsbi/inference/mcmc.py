@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mlsbi.inference.convergence import Convergence, diagnose, forgotten
 from mlsbi.randomness import check_seed
 
-__all__ = ["Chain", "ChainError", "LogDensity", "Step", "check_start", "collect", "start_points", "thin"]
+__all__ = ["Chain", "ChainError", "LogDensity", "Step", "check_start", "collect", "flattening", "start_points", "thin"]
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -86,19 +86,25 @@ def start_points(draws: Tensor, log_likelihood: Tensor, count: int, *, seed: int
             f"{len(draws)} have one. Pass more prior draws."
         )
     value = torch.where(finite, value - value.where(finite, -torch.inf).max(0).values, -torch.inf)
-    # Bisection of log beta; with beta = 0 every finite draw counts.
-    wanted = finite.sum(0).clamp(max=2 * count) * (1 - 1e-9)
-    low, high = torch.full_like(value[0], -80.0), torch.zeros_like(value[0])
-    for _ in range(60):
-        middle = torch.where(_effective_weights(value * high.exp()) >= wanted, high, (low + high) / 2)
-        good = _effective_weights(value * middle.exp()) >= wanted
-        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    power = flattening(value, finite.sum(0).clamp(max=2 * count))
     uniform = torch.rand(value.shape, generator=torch.Generator().manual_seed(check_seed(seed)), dtype=value.dtype)
-    chosen = (value * low.exp() - (-uniform.log()).log()).topk(count, dim=0).indices  # (count, B)
+    chosen = (value * power - (-uniform.log()).log()).topk(count, dim=0).indices  # (count, B)
     return draws[chosen[:, 0] if log_likelihood.ndim == 1 else chosen.T]
 
 
-def _effective_weights(log_weight: Tensor) -> Tensor:
+def flattening(log_weight: Tensor, wanted: Tensor | int) -> Tensor:
+    """The largest powers, up to 1, of weights `(n, B)` that leave `wanted` of them effective, shape `(B,)`."""
+    wanted = torch.as_tensor(wanted) * (1 - 1e-9)
+    log_weight = log_weight - log_weight.max(0).values
+    low, high = torch.full_like(log_weight[0], -80.0), torch.zeros_like(log_weight[0])
+    for _ in range(60):  # bisection of the power's logarithm; with power 0 every weight above zero counts
+        middle = torch.where(_effective(log_weight * high.exp()) >= wanted, high, (low + high) / 2)
+        good = _effective(log_weight * middle.exp()) >= wanted
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return low.exp()
+
+
+def _effective(log_weight: Tensor) -> Tensor:
     """Effective number of weights down each column."""
     return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
 
@@ -117,9 +123,9 @@ def check_start(good: Tensor) -> None:
 
 def collect(
     steps: Iterator[Step], method: str, begun: float, effective: int, max_steps: int,
-    *, warmup: int | None, progress: bool, label: str,
+    *, least: int, warmup: int | None, progress: bool, label: str,
 ) -> Chain:
-    """Runs steps until there are enough effective draws; throws away `warmup` of them, or as many as needed."""
+    """Runs steps until there are `least` draws and enough effective ones; throws away `warmup`, or what is needed."""
     fixed = warmup or 0
     if max_steps < fixed + 8:
         raise ValueError(f"Expected max_steps of at least {fixed + 8}, warm-up with it; got {max_steps}.")
@@ -147,10 +153,13 @@ def collect(
                 for b in range(draws.shape[1])
             )
             fewest = min(min(each.effective) for each in convergence)
-            if count >= max_steps or (fewest >= effective and all(each.converged for each in convergence)):
+            kept = draws[drop:, 0, :, 0].numel()
+            if count >= max_steps or (
+                kept >= least and fewest >= effective and all(each.converged for each in convergence)
+            ):
                 break
             bar.set_postfix_str(f"{fewest:.0f}/{effective} effective")
-            growth = 1.1 * effective / fewest if fewest > 0 else 2.0
+            growth = 1.1 * max(effective / fewest, least / kept) if fewest > 0 else 2.0
             planned = bar.total = min(max_steps, math.ceil(count * min(max(growth, 1.2), 1.5)))
     return Chain(draws[drop:], log_density[drop:], convergence)
 

@@ -2,7 +2,6 @@ r"""Posteriors that are known up to a factor, sampled by MCMC."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch.distributions import Distribution
 from mlsbi.inference.ascent import climb
 from mlsbi.inference.convergence import Convergence
 from mlsbi.inference.ensemble import run_emcee
-from mlsbi.inference.evidence import Evidence, log_evidence
+from mlsbi.inference.evidence import Evidence, fewest_draws, log_evidence
 from mlsbi.inference.hmc import run_hmc
 from mlsbi.inference.importance import Resampling, Sample, run_importance
 from mlsbi.inference.mcmc import Chain, start_points, thin
@@ -31,7 +30,9 @@ __all__ = ["MCMCOptions", "MCMCPosterior"]
 _CHUNK = 1 << 16  # outputs evaluated at once
 _EMCEE_LIMIT = 10  # parameters; random-walk moves slow down with more
 _IMPORTANCE_LIMIT = 6  # parameters; proposals miss more and more of the mass with more
+_PRIOR_DRAWS = 10_000
 _BATCH_PRIOR_DRAWS = 1000  # per observation of a batch
+_ASCENTS = 16
 _BATCH_STARTS = 300
 
 
@@ -46,7 +47,8 @@ class MCMCOptions:
         walkers: Walkers of emcee, 4 per parameter and at least 64 when left out; HMC has a chain for every eight.
         effective: Effective draws of every parameter to reach, at least as many as are asked for up to 1000.
         max_steps: Steps of each walker at most.
-        prior_draws: Prior draws of which the starting points are chosen.
+        prior_draws: Prior draws of which the starting points are chosen; when left out 10 000, and 1000 for each of
+            many observations at once.
 
     Raises:
         ValueError: If a choice is unknown or a number too small.
@@ -56,12 +58,13 @@ class MCMCOptions:
     walkers: int | None = None
     effective: int = 400
     max_steps: int = 10_000
-    prior_draws: int = 10_000
+    prior_draws: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ("auto", "emcee", "hmc", "importance"):
             raise ValueError(f'Expected method "auto", "emcee", "hmc" or "importance"; got {self.method!r}.')
-        if min(self.effective, self.max_steps, self.prior_draws, self.walkers or 1) < 1:
+        numbers = (self.effective, self.max_steps, self.prior_draws, self.walkers)
+        if min(number for number in numbers if number is not None) < 1:
             raise ValueError(f"Expected positive numbers of walkers, draws and steps; got {self}.")
 
 
@@ -70,16 +73,15 @@ class MCMCPosterior:
 
     Chains run in unbounded space, so no draw leaves the prior's support. They start from prior draws re-weighted by
     the likelihood. After sampling, `convergence` says how far the draws can be relied on; a chain that has not
-    converged also warns.
+    converged also warns. `normaliser` is the last one estimated, with its errors.
 
     Args:
-        likelihood: Log density `(n,)` of outputs x `(n, ...)`, each given its theta `(n, D)`; unknown combinations
-            may be `-inf`. HMC needs it differentiable in theta.
+        likelihood: Log density `(n,)` of outputs x `(n, ...)`, each given its theta `(n, D)`, all on the CPU;
+            impossible combinations may be `-inf`. HMC needs it differentiable in theta.
         prior: The prior.
         x_shape: Shape of one output.
         x: Default observations, shape `(m, ...)`, or one of shape `(...)`.
         mcmc: How to sample.
-        device: Where the likelihood is evaluated.
 
     Raises:
         ValueError: If the observations do not have the shape of the outputs, there is none, or they are not finite.
@@ -93,13 +95,12 @@ class MCMCPosterior:
         x: Any = None,
         *,
         mcmc: MCMCOptions | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
         self.likelihood = likelihood
         self.prior = prior
         self.mcmc = mcmc if mcmc is not None else MCMCOptions()
-        self.device = torch.device(device)
         self.convergence: tuple[Convergence | Resampling, ...] = ()
+        self.normaliser: Evidence | None = None
         self._x_shape = tuple(x_shape)
         self._unbounded = Unbounded(prior)
         self._inside = sample_prior(prior, 1, seed=0)[0]
@@ -133,7 +134,10 @@ class MCMCPosterior:
     def sample_batched(
         self, sample_shape: Sequence[int], x: Any, seed: int | None = None, *, progress: bool = False
     ) -> Tensor:
-        """Draws `(n, B, D)` given sets of observations x `(B, m, ...)`, or single ones `(B, ...)`."""
+        """Draws `(n, B, D)` given sets of observations x `(B, m, ...)`, or single ones `(B, ...)`.
+
+        All are sampled together until the last one is done, so a seed gives the same draws for the same batch only.
+        """
         return self._sample(read_length(sample_shape), read_sets(x, self._x_shape), seed, progress=progress)
 
     @torch.no_grad()
@@ -156,7 +160,7 @@ class MCMCPosterior:
 
         Args:
             x: Sets of observations, shape `(B, m, ...)`, or single ones `(B, ...)`.
-            draws: Posterior draws `(n, B, D)` that show where the mass is; made here when left out.
+            draws: Posterior draws `(n, B, D)` that show where the mass is; made here when left out or too few.
             seed: Seed of the proposals.
         """
         return self.evidence(x, draws=draws, seed=seed).value.float()
@@ -165,9 +169,12 @@ class MCMCPosterior:
     def evidence(self, x: Any, *, draws: Tensor | None = None, seed: int = 0) -> Evidence:
         """As `log_normaliser`, with its standard error and the effective number of proposals, each `(B,)`."""
         sets = read_sets(x, self._x_shape)
-        if draws is None:
-            draws = self._sample(400, sets, child_seed(seed, 0), progress=False)
-        return log_evidence(lambda z: self._log_target(z, sets), self._unbounded.to(draws), seed=child_seed(seed, 1))
+        needed = max(400, fewest_draws(self.prior.event_shape[0]))
+        if draws is None or len(draws) < needed:
+            draws = self._sample(needed, sets, child_seed(seed, 0), progress=False)
+        self.normaliser = log_evidence(lambda z: self._log_target(z, sets), self._unbounded.to(draws),
+                                       seed=child_seed(seed, 1))
+        return self.normaliser
 
     def map(self, x: Any = None, *, seed: int = 0, steps: int = 200) -> Tensor:
         r"""The parameters of highest posterior density, shape `(D,)`.
@@ -178,8 +185,13 @@ class MCMCPosterior:
             steps: Steps of the ascent.
         """
         sets = self._observation(x)
-        draws = sample_prior(self.prior, self.mcmc.prior_draws, seed=child_seed(seed))
-        start = draws[self._log_prob_sets(draws[:, None], sets)[:, 0].topk(16).indices]
+        draws = sample_prior(self.prior, max(self.mcmc.prior_draws or _PRIOR_DRAWS, _ASCENTS), seed=child_seed(seed))
+        with torch.no_grad():
+            best = self._log_prob_sets(draws[:, None], sets)[:, 0].topk(_ASCENTS)
+        if not bool(best.values[0] > -torch.inf):
+            raise ValueError("No prior draw has a finite likelihood: there is nowhere to climb from. Check that the "
+                             "observation is like the training outputs.")
+        start = draws[best.indices]
 
         def density(z: Tensor) -> Tensor:
             theta = self._unbounded.back(z)
@@ -188,7 +200,8 @@ class MCMCPosterior:
 
         found = self._unbounded.back(climb(density, self._unbounded.to(start), steps=steps))
         candidates = torch.cat([start, found])
-        return candidates[self._log_prob_sets(candidates[:, None], sets)[:, 0].argmax()]
+        with torch.no_grad():
+            return candidates[self._log_prob_sets(candidates[:, None], sets)[:, 0].argmax()]
 
     def to_frame(self, n: int = 1000, x: Any = None, seed: int | None = None) -> pd.DataFrame:
         """Draws as a table with one named column per parameter."""
@@ -206,14 +219,10 @@ class MCMCPosterior:
             chain = self._run_hmc(sets, child_seed(seed, 0), n, progress=progress)
             self._report(chain.convergence, len(sets))
             return self._unbounded.back(thin(chain, n))
-        drawn: list[Tensor] = []
-        found: list[Convergence] = []
-        for index in range(len(sets)):
-            chain = self._run_emcee(sets[index:index + 1], child_seed(seed, 1, index), n, progress=progress)
-            drawn.append(thin(chain, n))
-            found += chain.convergence
-        self._report(found, len(sets))
-        return self._unbounded.back(torch.cat(drawn, 1))
+        chains = [self._run_emcee(sets[index:index + 1], child_seed(seed, 1, index), n, progress=progress)
+                  for index in range(len(sets))]
+        self._report([chain.convergence[0] for chain in chains], len(sets))
+        return self._unbounded.back(torch.cat([thin(chain, n) for chain in chains], 1))
 
     def _method(self, batch: int) -> str:
         if self.mcmc.method != "auto":
@@ -232,32 +241,24 @@ class MCMCPosterior:
 
     def _run_emcee(self, sets: Tensor, seed: int, n: int, *, progress: bool) -> Chain:
         walkers = self.mcmc.walkers or max(64, 4 * self.prior.event_shape[0])
-        start = self._starts(sets, walkers, self.mcmc.prior_draws, seed)[0]
+        start = self._starts(sets, walkers, seed)[0]
 
         @torch.no_grad()
         def target(z: Tensor) -> Tensor:
             return self._log_target(z[:, None], sets)[:, 0]
 
-        def run(effective: int) -> Chain:
-            return run_emcee(target, start, effective=effective, max_steps=self.mcmc.max_steps,
-                             seed=child_seed(seed, 2), progress=progress)
-
-        chain = run(self._enough(n))
-        have = len(chain.draws) * walkers
-        if have < n:  # more draws than the steps of a converged chain: a longer one
-            chain = run(math.ceil(1.2 * n / have * min(chain.convergence[0].effective)))
-        return chain
+        return run_emcee(target, start, effective=self._enough(n), least=n, max_steps=self.mcmc.max_steps,
+                         seed=child_seed(seed, 2), progress=progress)
 
     def _run_hmc(self, sets: Tensor, seed: int, n: int, *, progress: bool) -> Chain:
         chains = max(16, (self.mcmc.walkers or 0) // 8)
-        draws = self.mcmc.prior_draws if len(sets) == 1 else min(self.mcmc.prior_draws, _BATCH_PRIOR_DRAWS)
-        start = self._starts(sets, chains, draws, seed)
+        start = self._starts(sets, chains, seed)
         return run_hmc(lambda z: self._log_target(z.transpose(0, 1), sets).T, start, effective=self._enough(n),
-                       max_steps=self.mcmc.max_steps, seed=child_seed(seed, 2), progress=progress)
+                       least=n, max_steps=self.mcmc.max_steps, seed=child_seed(seed, 2), progress=progress)
 
     @torch.no_grad()
     def _run_importance(self, sets: Tensor, seed: int, n: int) -> Sample:
-        start = self._starts(sets, _BATCH_STARTS, max(_BATCH_PRIOR_DRAWS, 2 * _BATCH_STARTS), seed)
+        start = self._starts(sets, _BATCH_STARTS, seed)
         return run_importance(lambda z: self._log_target(z, sets), start.transpose(0, 1), n,
                               effective=self._enough(n), seed=child_seed(seed, 2))
 
@@ -265,8 +266,9 @@ class MCMCPosterior:
         return max(self.mcmc.effective, min(n, 1000))
 
     @torch.no_grad()
-    def _starts(self, sets: Tensor, count: int, draws: int, seed: int) -> Tensor:
+    def _starts(self, sets: Tensor, count: int, seed: int) -> Tensor:
         """Starting points `(B, count, D)` in unbounded space."""
+        draws = self.mcmc.prior_draws or (_PRIOR_DRAWS if len(sets) == 1 else _BATCH_PRIOR_DRAWS)
         theta = sample_prior(self.prior, draws, seed=child_seed(seed, 0))
         value = self._log_likelihood(theta[:, None].expand(-1, len(sets), -1), sets)
         return start_points(self._unbounded.to(theta), value, count, seed=child_seed(seed, 1))
@@ -289,12 +291,11 @@ class MCMCPosterior:
     def _log_likelihood(self, theta: Tensor, sets: Tensor) -> Tensor:
         """Sum of the outputs' log densities, shape `(n, B)`, at theta `(n, B, D)`; NaN counts as `-inf`."""
         batch, m = sets.shape[:2]
-        sets = sets.to(self.device)
         parts = []
         for points in theta.split(max(1, _CHUNK // (batch * m))):
-            rows = points.to(self.device)[:, :, None].expand(-1, -1, m, -1).reshape(-1, theta.shape[-1])
+            rows = points[:, :, None].expand(-1, -1, m, -1).reshape(-1, theta.shape[-1])
             x = sets.expand(len(points), *sets.shape).reshape(-1, *self._x_shape)
-            parts.append(self.likelihood(x, rows).reshape(len(points), batch, m).sum(-1).cpu())
+            parts.append(self.likelihood(x, rows).reshape(len(points), batch, m).sum(-1))
         value = torch.cat(parts)
         return value.masked_fill(value.isnan(), -torch.inf)
 

@@ -61,7 +61,7 @@ class NLE(Estimator):
             x_o: Observations.
             mcmc: How it is sampled.
         """
-        return MCMCPosterior(self.likelihood, self.prior, self.x_shape, x_o, mcmc=mcmc, device=self.device)
+        return MCMCPosterior(self.likelihood, self.prior, self.x_shape, x_o, mcmc=mcmc)
 
     def _problem(self, data: MultilevelData) -> Problem:
         return likelihood_problem(data, self.prior, x_transform=self.x_transform)

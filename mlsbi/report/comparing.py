@@ -121,7 +121,7 @@ def _calibration_table(records: Sequence[Record]) -> str:
               "p of coverage", "p of regions around random points", "smallest p of ranks", "calibration error"]
     chains = [part(check, "mcmc") for check in checks]
     if any(chains):
-        header.append("chains that converged")
+        header.append("posteriors that converged")
     rows: list[list[Cell]] = []
     for record, check in zip(records, checks, strict=True):
         coverage = part(check, "coverage")

@@ -209,8 +209,11 @@ def _test_chains(mcmc: Record) -> list[str]:
         told = f"all {number(chains)} converged"
     else:
         told = f"{number(chains - converged)} of {number(chains)} did not converge, so the checks are uncertain too"
-    return [f"The posterior of each was sampled by Markov chains ({mcmc['method']}): {told}; the draws of the least of "
-            f"them are worth {number(round(measured(mcmc['least_effective'])))} independent ones."]
+    error = measured(mcmc.get("normaliser_error"))
+    return [f"The posterior of each was sampled by {mcmc['method']}: {told}; the least of them has "
+            f"{number(round(measured(mcmc['least_effective'])))} effective draws.",
+            "" if error is None else "Its density was normalised by importance sampling; the standard error is at "
+            f"most {rounded(error, 2)} nats."]
 
 
 def _scores(checks: Record) -> list[list[Cell]]:

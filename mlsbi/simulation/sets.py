@@ -36,7 +36,11 @@ def simulate_sets(stack: LevelStack, level: int, n: int, m: int, *, seed: int, s
     for start in range(0, n * m, BLOCK):
         rows = torch.arange(start, min(start + BLOCK, n * m))
         noise = source.rows(start, int(rows[-1]) + 1)[1]
-        outputs.append(torch.as_tensor(stack.levels[level].simulate(theta[rows // m], noise)))
+        found = torch.as_tensor(stack.levels[level].simulate(theta[rows // m], noise)).detach().cpu()
+        if len(found) != len(rows):
+            raise ValueError(f"Expected {len(rows)} outputs of '{stack.levels[level].name}', one per theta; got "
+                             f"{len(found)}.")
+        outputs.append(found if found.is_floating_point() else found.to(theta.dtype))
     x = torch.cat(outputs).reshape(n, m, *outputs[0].shape[1:])
     finite = torch.isfinite(x).flatten(1).all(1)
     if not bool(finite.any()):

@@ -58,6 +58,8 @@ class TransferLearning:
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(one is not None and not one > 0 for one in values):
                 raise ValueError(f"Expected a positive {name}; got {value}.")
+            if name == "patience" and any(one is not None and int(one) != one for one in values):
+                raise ValueError(f"Expected a whole number of epochs as patience; got {value}.")
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all, pooled by level only after they are split.

@@ -208,7 +208,7 @@ class _Trainer:
     @torch.no_grad()
     def _draws_masks(self) -> bool:
         """Whether two passes over the same rows in train mode differ."""
-        self.network.train()
+        _train_mode(self.network)
         few = self.terms[-1].rows(torch.arange(min(len(self.terms[-1]), 16), device=self.terms[-1].input.device))
         first, again = (self.network.standard_log_prob(few.input, few.fine) for _ in range(2))
         return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(again))
@@ -256,7 +256,7 @@ class _Trainer:
         return history
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        self.network.train()
+        _train_mode(self.network)
         halves_seen: list[Tensor] = []
         combined_seen: list[Combined] = []
         weights = self.weights
@@ -353,6 +353,14 @@ def _batch_size(asked: int | str | None, total: int) -> int:
     if asked is None:
         return total
     return asked if isinstance(asked, int) else min(max(math.ceil(total / 4), 256), 2048)
+
+
+def _train_mode(network: ConditionalDensity) -> None:
+    """Train mode, but for an embedding of which nothing is trained: its batch statistics and masks stay fixed too."""
+    network.train()
+    parameters = list(network.embedding.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        network.embedding.eval()
 
 
 def _record(means: Tensor, weights: Sequence[float], combined: Sequence[Combined]) -> dict[str, float]:

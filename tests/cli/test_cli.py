@@ -201,7 +201,7 @@ def test_a_strategy_that_fails_leaves_the_others(tmp_path, monkeypatch):
     assert (out / "data.npz").is_file()
 
 
-def test_a_likelihood_of_several_outputs(tmp_path):
+def test_a_likelihood_of_several_outputs(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--n", "400,40", "--observations", "4", "--tests", "12", "--draws", "200", "--out", str(out)]
     assert main(["run", "g_and_k", *arguments, *QUICK]) == 0
@@ -209,7 +209,8 @@ def test_a_likelihood_of_several_outputs(tmp_path):
     record = only(results)
     assert results["asked"]["estimator"] == "nle"
     assert results["asked"]["observations"] == 4
-    assert results["spent"]["test_runs"] == 48
+    assert results["spent"]["test_runs"] == 12 * 4 + 5000  # sets, and single outputs for the exact likelihood
+    assert results["reference"]["warning"] is None
     assert record["posterior"]["mcmc"]["method"] == "emcee"
     assert record["checks"]["mcmc"]["chains"] == 12
     assert 0 < record["checks"]["likelihood_kld"]["mean"] < 5
@@ -219,6 +220,11 @@ def test_a_likelihood_of_several_outputs(tmp_path):
     again = ["--n", "50,10", "--x-o", str(tmp_path / "x.csv"), "--tests", "0", "--out", str(tmp_path / "b"), *QUICK]
     assert main(["run", "g_and_k", *again]) == 0
     assert only(read_results(tmp_path / "b"))["checks"] is None
+    assert read_results(tmp_path / "b")["asked"]["observations"] == 3
+    disagreeing = [*again[:-3], "--observations", "4", "--overwrite", *QUICK]
+    assert main(["run", "g_and_k", *disagreeing]) == 2
+    assert "holds 3 observations; --observations says 4" in capsys.readouterr().err
+    assert only(read_results(tmp_path / "b"))["checks"] is None  # nothing was touched
 
 
 def test_a_likelihood_where_the_task_has_a_posterior(tmp_path):
@@ -230,6 +236,50 @@ def test_a_likelihood_where_the_task_has_a_posterior(tmp_path):
     assert checks["reference_nlpd"] is not None
     assert checks["kld"]["mean"] > 0
     assert checks["likelihood_kld"]["mean"] > 0
+
+
+def test_what_fails_after_training_does_not_take_the_rest_with_it(tmp_path, monkeypatch):
+    from mlsbi.cli import running
+
+    def fail(*args, **keywords):
+        raise ValueError("weights are nowhere finite")
+
+    monkeypatch.setattr(running, "check_posterior", fail)
+    out = tmp_path / "out"
+    assert main(["run", "ou", "--n", "40,6", "--tests", "10", "--draws", "50", "--out", str(out), *QUICK]) == 0
+    results = read_results(out)
+    assert only(results)["checks"] is None
+    assert only(results)["posterior"] is not None
+    assert "'multilevel': It could not be checked: weights are nowhere finite" in results["verdict"]
+    assert "weights are nowhere finite" in (out / "report.html").read_text()
+
+
+def test_finished_strategies_stay_when_a_later_one_crashes(tmp_path, monkeypatch):
+    from mlsbi.strategies.single_level import SingleLevel
+
+    def crash(self, *args, **keywords):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(SingleLevel, "fit", crash)
+    out = tmp_path / "out"
+    arguments = ["--n", "40,6", "--tests", "10", "--draws", "50", "--out", str(out), *QUICK]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["run", "ou", "--strategy", "multilevel,high", *arguments])
+    assert only(read_results(out))["checks"]["n_test"] == 10
+    assert main(["report", str(out)]) == 0
+    before = (out / "data.npz").read_bytes()
+    (out / "results.json").unlink()
+    assert main(["run", "ou", *arguments]) == 2  # the simulations are kept even so
+    assert (out / "data.npz").read_bytes() == before
+
+
+def test_overwriting_touches_no_other_folder(tmp_path):
+    other = tmp_path / "another-run" / "model"
+    other.mkdir(parents=True)
+    (other / "model.json").write_text("{}")
+    arguments = ["--n", "40,6", "--tests", "0", "--draws", "50", "--out", str(tmp_path), "--overwrite", *QUICK]
+    assert main(["run", "ou", *arguments]) == 0
+    assert (other / "model.json").is_file()
 
 
 def test_overwriting_leaves_nothing_of_the_run_before(run_folder, tmp_path):
@@ -281,6 +331,7 @@ def test_tasks_lists_all(capsys, monkeypatch):
         (["run", "ou", "--strategy", "high,best"], "Unknown strategy"),
         (["run", "ou", "--observations", "3"], "--observations is for likelihoods"),
         (["run", "g_and_k", "--observations", "0"], "--observations of at least 1"),
+        (["run", "one.py:stack", "--n", "50", "--strategy", "high,transfer"], "Strategy 'transfer': Expected data of"),
         (["run", "g_and_k", "--option", "prior=flat"], "flat"),
         (["run", "ou", "--option", "parameters=7"], "parameters=3 or parameters=4"),
         (["run", "ou", "--option", "speed=7"], "takes the options"),
@@ -294,9 +345,10 @@ def test_tasks_lists_all(capsys, monkeypatch):
 )
 def test_bad_requests_stop_before_anything_is_run(arguments, match, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.py").write_text(STACK.replace('Level("low", low, cost=1), ', ""))
     assert main(arguments) == 2
     assert match in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["one.py"]
 
 
 def test_an_observation_of_the_wrong_shape_stops_before_anything_is_run(tmp_path, capsys):

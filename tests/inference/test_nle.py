@@ -244,6 +244,24 @@ def test_posteriors_with_our_embeddings_reload_without_being_told(tmp_path):
     assert torch.allclose(npe.posterior(x[0]).log_prob(points), npe.posterior(x[0].flip(0)).log_prob(points), atol=1e-4)
 
 
+@pytest.mark.parametrize("dim", [6, 12])
+def test_many_parameters(dim):
+    """Hamiltonian Monte Carlo beyond ten; as many draws as asked; a normaliser whatever draws it is given."""
+    prior = MultivariateNormal(torch.zeros(dim), torch.eye(dim))
+    x = torch.linspace(-1, 1, dim).expand(3, -1)
+    posterior = MCMCPosterior(lambda x, theta: Normal(theta, 1.0).log_prob(x).sum(-1), prior, (dim,), x)
+    samples = posterior.sample((3000,), seed=0)
+    assert samples.shape == (3000, dim)
+    assert posterior.convergence[0].method == ("HMC" if dim > 10 else "emcee")
+    error = 0.5 / min(posterior.convergence[0].effective) ** 0.5
+    assert torch.allclose(samples.mean(0), 0.75 * x[0], atol=4.5 * error)
+    exact = MultivariateNormal(torch.zeros(dim), torch.eye(dim) / 3 + torch.eye(dim)).log_prob(x[0])
+    exact += dim * (-math.log(2 * math.pi) - 0.5 * math.log(3))  # three equal outputs: their mean, and no spread
+    evidence = posterior.evidence(x[None], draws=samples[:100, None], seed=1)
+    assert evidence.value.item() == pytest.approx(exact.item(), abs=5 * evidence.standard_error.item() + 0.01)
+    assert posterior.sample_batched((50,), x[None].expand(2, -1, -1), seed=0).shape == (50, 2, dim)
+
+
 def test_non_convergence_is_said(small):
     posterior = small.posterior(observe(6), mcmc=MCMCOptions(method="emcee", max_steps=12))
     with pytest.warns(UserWarning, match="MCMC has not converged"):

@@ -43,7 +43,9 @@ def score(mean, error=0.1):
         ({"sbc": {"p": [0.007, 0.4]}}, [], ["ranks"]),  # two tests: 0.005 each
         ({"likelihood_kld": score(0.156, 0.004)}, ["exact likelihood is known here", "0.156 +- 0.004 nats per output"],
          []),
-        ({"mcmc": {"chains": 100, "converged": 97}}, ["3 of the 100 test observations' chains have not converged"], []),
+        ({"mcmc": {"chains": 100, "converged": 97, "method": "HMC"}},
+         ["At 3 of the 100 test observations HMC has not converged"], []),
+        ({"nlpd": score(0.2, math.nan)}, ["One test observation cannot tell"], ["nan", "learned"]),
         ({"mcmc": {"chains": 100, "converged": 100}}, [], ["converged"]),
         ({"reference_nlpd": -1.5, "kld": score(0.6)}, ["scores -1.50", "0.60 nats per observation"], []),
     ],
@@ -88,6 +90,8 @@ def test_a_comparison_names_the_best_and_how_far_behind_the_others_are():
     assert "'high' is behind by 0.00 +- 0.00 nats per observation, which these tests cannot tell" in said[1]
     assert "'low' gives some true parameters no density at all" in said[1]
     assert compare(records[:1], log_q) is None
+    hopeless = [{**record, "checks": {**record["checks"], "nlpd": score(math.inf, math.nan)}} for record in records[:2]]
+    assert compare(hopeless, {name: np.full(200, -np.inf) for name in log_q}) is None
 
 
 def test_a_likelihood_is_judged_by_the_exact_one():

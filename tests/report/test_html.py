@@ -377,7 +377,7 @@ def test_likelihoods_say_how_their_chains_went(tmp_path):
                  "likelihood network", "through asinh", "400 observations of 10 outputs each",
                  "64 Markov chains (emcee)", "581 steps each, after 219", "24.8% of the steps", "at most 1.041",
                  "at least 1,015 independent ones",
-                 "all 40 converged", "worth 563 independent ones", "Nothing speaks against these chains",
+                 "all 40 converged", "563 effective draws", "Nothing speaks against these chains",
                  "divergence from the exact likelihood (KL), per output 0.157"):
         assert said in page.text, said
     assert "No exact or reference posterior" not in page.text

@@ -100,19 +100,40 @@ def test_parameters_that_a_user_froze_stay_frozen():
     assert npe.networks[0].embedding.bias.requires_grad
 
 
-def test_without_fine_tuning_the_finest_outputs_do_not_matter():
-    data = data_of(2, (40, 20))
-    other = data_of(2, (40, 20))
-    other.levels[1].fine.add_(0)  # the standardiser sees all levels, so values stay
+def test_without_fine_tuning_the_finest_outputs_are_not_trained_on(stages):
+    """They enter the common standardiser and nothing else: permuted among their rows they change nothing."""
+    data, permuted = data_of(2, (40, 20)), data_of(2, (40, 20))
+    permuted.levels[1].fine.copy_(permuted.levels[1].fine.flip(0))
     strategy = TransferLearning(fine_tune=False)
-    one = NPE(PRIOR, strategy=strategy, density=SMALL, training=QUICK, seed=1).fit(data, progress=False)
-    assert one.history.to_frame()["stage"].unique().tolist() == [0]
-    assert one.history.n_train == (48,)
+    fits = [NPE(PRIOR, strategy=how, density=SMALL, training=QUICK, seed=1).fit(rows, progress=False)
+            for how in (strategy, "transfer") for rows in (data, permuted)]
+    x, points = torch.tensor([0.5, 1.0]), torch.tensor([[0.5, 1.0]])
+    one, other, tuned, tuned_other = (npe.posterior(x).log_prob(points) for npe in fits)
+    assert torch.allclose(one, other, atol=1e-4)  # the standardiser's sums are in another order
+    assert not torch.allclose(tuned, tuned_other, atol=1e-3)
+    assert fits[0].history.n_train == (48,)
     assert strategy.runs((40, 20)) == (60, 0)
-    tuned = NPE(PRIOR, strategy="transfer", density=SMALL, training=QUICK, seed=1).fit(other, progress=False)
-    x = torch.tensor([0.5, 1.0])
-    assert not torch.equal(one.posterior(x).log_prob(torch.tensor([[0.5, 1.0]])),
-                           tuned.posterior(x).log_prob(torch.tensor([[0.5, 1.0]])))
+    assert [len(call["train"][0]) for call in stages] == [48, 48, 48, 16, 48, 16]
+
+
+def test_a_frozen_embedding_keeps_its_batch_statistics(stages):
+    body = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    NPE(PRIOR, strategy=TransferLearning(freeze_embedding=True), density=SMALL, embedding=body, training=QUICK).fit(
+        data_of(2, (40, 20)), progress=False)
+    first, second = stages
+    moving = [name for name in first["after"] if "running" in name]
+    assert moving
+    assert any(not torch.equal(first["before"][name], first["after"][name]) for name in moving)
+    assert all(torch.equal(first["after"][name], second["after"][name]) for name in moving)
+
+
+def test_an_embedding_frozen_by_its_user_does_not_drift():
+    body = nn.BatchNorm1d(2)
+    body.weight.requires_grad = body.bias.requires_grad = False
+    body.running_mean.fill_(5.0)
+    npe = NPE(PRIOR, strategy="high", density=SMALL, embedding=body, training=QUICK)
+    npe.fit(data_of(2, (40, 20)), progress=False)
+    assert npe.networks[0].embedding.running_mean.tolist() == [5.0, 5.0]
 
 
 def test_alignment_maps_the_cheap_level_first(stages):
@@ -171,3 +192,5 @@ def test_bad_numbers():
         TransferLearning(learning_rate=(1e-3, 0.0))
     with pytest.raises(ValueError, match="positive patience"):
         TransferLearning(patience=0)
+    with pytest.raises(ValueError, match="whole number of epochs as patience"):
+        TransferLearning(patience=(30, 2.5))
