@@ -54,7 +54,7 @@ def row_of(start):
     return next(line for line in README.splitlines() if line.startswith(f"| {start}")).strip("| ").split(" | ")
 
 
-@pytest.mark.parametrize("strategy", ["multilevel", "high", "low"])
+@pytest.mark.parametrize("strategy", ["multilevel", "transfer", "high", "low"])
 def test_camels_numbers_are_the_measured_ones(strategy):
     measured = result("camels_strategies")
     score, found = measured["nlpd"][strategy], measured["coverage_90"][strategy]["mean"]
@@ -72,6 +72,34 @@ def test_the_claim_about_camels_is_the_measured_one():
     assert f"in {alarms} of {len(measured['seeds'])} seeds" in README
 
 
+@pytest.mark.parametrize(("strategy", "start"), [
+    ("multilevel", "`multilevel` |"), ("transfer", "`transfer` |"), ("high", "`high`, the pairs'"),
+    ("low", "`low`, the Taylor"), ("multilevel, rescale + project", "`Multilevel(rescale=True"),
+])
+def test_likelihood_numbers_are_the_measured_ones(strategy, start):
+    measured = result("g_and_k_likelihood")["kld"]
+    lines = README[README.index("On `g_and_k`, a neural likelihood"):].splitlines()
+    row = next(line for line in lines if line.startswith(f"| {start}")).strip("| ").split(" | ")
+    expected = [measured[pairs][strategy] for pairs in ("50", "300")]
+    assert row[1:] == [f"{score['mean']:.3f} +- {score['standard_error']:.3f}" for score in expected]
+
+
+def test_multilevel_likelihoods_are_better_by_more_than_two_standard_errors():
+    for differences in result("g_and_k_likelihood")["paired_differences"].values():
+        for other in ("transfer", "high", "low"):
+            difference = differences[f"multilevel - {other}"]
+            assert difference["mean"] < -2 * difference["standard_error"]
+
+
+def test_recovery_of_the_closed_form_is_as_measured():
+    measured = result("gaussian_recovery")["summary"]
+    scores = [summary["c2st"] for summary in measured.values()]
+    assert len(scores) == 8
+    mean, largest = sum(score["mean"] for score in scores) / 8, max(score["largest"] for score in scores)
+    assert largest < 0.55
+    assert f"an accuracy of {mean:.3f} on average and\n{largest:.3f} at most" in README
+
+
 def test_speeds_are_the_measured_ones():
     ratios = {name: f"{row['ratio']:.2f}" for name, row in result("bench_basics")["ratios"].items()}
     assert row_of("`from mlsbi import NPE`")[1] == ratios["from mlsbi import NPE"]
@@ -80,6 +108,8 @@ def test_speeds_are_the_measured_ones():
     assert row_of("the two steps")[1].split(", ") == [
         ratios["unit weights, n = 10000 + 1000"], ratios["rescale and project, n = 10000 + 1000"]]
     assert row_of("`simulate` of 100 000")[1] == ratios["simulate 100 000 rows of ou"]
+    draws = result("bench_mcmc")["per_second"]["neural"]["median"]
+    assert row_of("effective draws a second")[1] == f"{draws:.0f}"
     assert row_of("peak memory")[1] == ratios["memory with large outputs"]
 
 

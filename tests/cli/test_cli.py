@@ -221,7 +221,7 @@ def test_a_likelihood_of_several_outputs(tmp_path, capsys):
     assert main(["run", "g_and_k", *again]) == 0
     assert only(read_results(tmp_path / "b"))["checks"] is None
     assert read_results(tmp_path / "b")["asked"]["observations"] == 3
-    disagreeing = [*again[:-3], "--observations", "4", "--overwrite", *QUICK]
+    disagreeing = [*again[:-5], "--observations", "4", "--overwrite", *QUICK]
     assert main(["run", "g_and_k", *disagreeing]) == 2
     assert "holds 3 observations; --observations says 4" in capsys.readouterr().err
     assert only(read_results(tmp_path / "b"))["checks"] is None  # nothing was touched
