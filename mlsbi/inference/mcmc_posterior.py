@@ -34,6 +34,7 @@ _PRIOR_DRAWS = 10_000
 _BATCH_PRIOR_DRAWS = 1000  # per observation of a batch
 _ASCENTS = 16
 _BATCH_STARTS = 300
+_BATCH_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class MCMCOptions:
             observation emcee up to 10 parameters, for many at once importance sampling up to 6, HMC beyond.
         walkers: Walkers of emcee, 4 per parameter and at least 64 when left out; HMC has a chain for every eight.
         effective: Effective draws of every parameter to reach, at least as many as are asked for up to 1000.
-        max_steps: Steps of each walker at most.
+        max_steps: Steps of each walker at most; HMC on many observations takes no more than 2000.
         prior_draws: Prior draws of which the starting points are chosen; when left out 10 000, and 1000 for each of
             many observations at once.
 
@@ -253,8 +254,10 @@ class MCMCPosterior:
     def _run_hmc(self, sets: Tensor, seed: int, n: int, *, progress: bool) -> Chain:
         chains = max(16, (self.mcmc.walkers or 0) // 8)
         start = self._starts(sets, chains, seed)
+        # All of a batch go on until the last one is done: one that is stuck should not hold up the others for long.
+        most = self.mcmc.max_steps if len(sets) == 1 else min(self.mcmc.max_steps, _BATCH_STEPS)
         return run_hmc(lambda z: self._log_target(z.transpose(0, 1), sets).T, start, effective=self._enough(n),
-                       least=n, max_steps=self.mcmc.max_steps, seed=child_seed(seed, 2), progress=progress)
+                       least=n, max_steps=most, seed=child_seed(seed, 2), progress=progress)
 
     @torch.no_grad()
     def _run_importance(self, sets: Tensor, seed: int, n: int) -> Sample:
