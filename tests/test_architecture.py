@@ -25,7 +25,8 @@ FLOORS = [
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
     "simulation": ["seeding", "executors", "campaign", "sets"],
-    "density": ["standardise", "splines", "flows", "mixture_density", "embeddings", "registry", "conditional"],
+    "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
+                "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],
     "strategies": ["multilevel", "single_level", "transfer", "registry", "fitting"],
     "allocation": ["problem", "goals", "integers", "advising", "optimal", "piloting"],

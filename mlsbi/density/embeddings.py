@@ -3,11 +3,13 @@ r"""Embedding networks: from observations of any shape to the vectors that densi
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from mlsbi.density.configs import from_config, to_config
 
 __all__ = [
     "CNNEmbedding", "EmbeddingBuilder", "GivenEmbedding", "MLPEmbedding", "SetEmbedding", "embedding_from_config",
@@ -215,15 +217,12 @@ def embedding_to_config(embedding: EmbeddingBuilder | None) -> dict[str, Any] | 
     """JSON description of a builder of this library; `False` for none, `True` for a user's own."""
     if embedding is None:
         return False
-    for name, kind in _EMBEDDINGS.items():
-        if type(embedding) is kind:
-            return {"name": name, "options": asdict(embedding)}  # type: ignore[call-overload]
-    return True
+    return to_config(_EMBEDDINGS, embedding) or True
 
 
 def embedding_from_config(config: dict[str, Any]) -> EmbeddingBuilder:
     """Inverse of `embedding_to_config` for builders of this library."""
-    built: EmbeddingBuilder = _EMBEDDINGS[config["name"]](**config["options"])
+    built: EmbeddingBuilder = from_config(_EMBEDDINGS, config)
     return built
 
 

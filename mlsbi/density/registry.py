@@ -2,11 +2,11 @@ r"""Names of density estimators."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from torch import nn
 
+from mlsbi.density.configs import from_config, to_config
 from mlsbi.density.flows import MAF, NSF
 from mlsbi.density.mixture_density import MDN
 
@@ -43,13 +43,10 @@ def resolve_builder(density: str | DensityBuilder) -> DensityBuilder:
 
 def builder_to_config(builder: DensityBuilder) -> dict[str, Any] | None:
     """JSON description of a builder of this library; `None` for a user's own."""
-    for name, kind in _BUILDERS.items():
-        if type(builder) is kind:
-            return {"name": name, "options": asdict(builder)}  # type: ignore[call-overload]
-    return None
+    return to_config(_BUILDERS, builder)
 
 
 def builder_from_config(config: dict[str, Any]) -> DensityBuilder:
     """Inverse of `builder_to_config`."""
-    built: DensityBuilder = _BUILDERS[config["name"]](**config["options"])
+    built: DensityBuilder = from_config(_BUILDERS, config)
     return built
