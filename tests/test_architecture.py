@@ -24,7 +24,8 @@ FLOORS = [
 # Within a folder a file imports only from files listed before it.
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
-    "simulation": ["seeding", "executors", "campaign", "sets"],
+    "simulation": ["records", "seeding", "adapters", "fingerprint", "executors", "locking", "shards", "store",
+                   "merging", "exporting", "execution", "progress", "scheduling", "campaign", "sets"],
     "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
                 "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],
