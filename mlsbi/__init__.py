@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from mlsbi.inference.posteriors import DirectPosterior
     from mlsbi.levels import Level, LevelStack
     from mlsbi.priors import BoxPrior
+    from mlsbi.simulation.adapters import command, per_sample
     from mlsbi.simulation.campaign import simulate
+    from mlsbi.simulation.scheduling import SimulationError
+    from mlsbi.simulation.shards import StoreError
+    from mlsbi.simulation.store import Store, open_store
     from mlsbi.strategies.multilevel import Multilevel
     from mlsbi.strategies.single_level import SingleLevel
     from mlsbi.strategies.transfer import TransferLearning
@@ -53,7 +57,13 @@ _HOMES = {
     "Level": "levels",
     "LevelStack": "levels",
     "BoxPrior": "priors",
+    "command": "simulation.adapters",
+    "per_sample": "simulation.adapters",
     "simulate": "simulation.campaign",
+    "SimulationError": "simulation.scheduling",
+    "Store": "simulation.store",
+    "StoreError": "simulation.shards",
+    "open_store": "simulation.store",
     "Multilevel": "strategies.multilevel",
     "SingleLevel": "strategies.single_level",
     "TransferLearning": "strategies.transfer",
@@ -64,8 +74,9 @@ _MODULES = ("diagnostics", "plots", "tasks")
 __all__ = [  # noqa: PLE0604
     "MAF", "MDN", "NLE", "NPE", "NSF", "Allocation", "BoxPrior", "CNNEmbedding", "DirectPosterior", "Level",
     "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData",
-    "PilotReport", "SetEmbedding", "SingleLevel", "TrainingOptions", "TransferLearning", "diagnostics", "load",
-    "optimal_allocation", "pilot", "plots", "simulate", "tasks",
+    "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel", "Store", "StoreError", "TrainingOptions",
+    "TransferLearning", "command", "diagnostics", "load", "open_store", "optimal_allocation", "per_sample", "pilot",
+    "plots", "simulate", "tasks",
 ]
 
 

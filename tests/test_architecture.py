@@ -25,7 +25,7 @@ FLOORS = [
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
     "simulation": ["records", "seeding", "adapters", "fingerprint", "executors", "locking", "shards", "store",
-                   "merging", "exporting", "execution", "progress", "scheduling", "campaign", "sets"],
+                   "merging", "exporting", "opening", "execution", "progress", "scheduling", "campaign", "sets"],
     "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
                 "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],
@@ -38,7 +38,7 @@ ORDER = {
     "tasks": ["task", "ou", "camels", "g_and_k", "registry"],
     "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior"],
     "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],
-    "cli": ["targets", "running", "main"],
+    "cli": ["targets", "requests", "folders", "running", "status", "main"],
 }
 TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor
 

@@ -3,8 +3,8 @@ r"""A small campaign that tells what the levels are worth, before the budget is 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.priors import Unbounded
 from mlsbi.randomness import check_device, child_seed
-from mlsbi.simulation.campaign import JointRows, simulate_joint
+from mlsbi.simulation.campaign import JointRows, RunOptions, simulate_joint
+from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.simulation.seeding import JOINT_STREAM
+from mlsbi.simulation.store import Store
 from mlsbi.strategies.fitting import Problem
 from mlsbi.training.loop import Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term
@@ -122,8 +124,11 @@ def pilot(
     estimator: Literal["npe", "nle"] = "npe",
     integrand: Literal["loss"] = "loss",
     x_transform: Transform = "none",
-    executor: Executor | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    executor: Any = None,
     workers: int = 1,
+    on_failure: OnFailure = "raise",
+    retry_failed: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> PilotReport:
@@ -139,8 +144,11 @@ def pilot(
         estimator: What will be trained: `"npe"`, a density of theta given x, or `"nle"`, of x given theta.
         integrand: What variances are of: `"loss"`.
         x_transform: What outputs go through before they are standardised, as in the estimator.
-        executor: Any `concurrent.futures.Executor`, for the simulations.
+        store: Folder that keeps every row, as in `simulate`, which may use the same; rows it has are not run again.
+        executor: What runs the simulations, as in `simulate`.
         workers: Processes on this machine, when no executor is given.
+        on_failure: What a row does that fails at any level, as in `simulate`.
+        retry_failed: Whether rows that the store has as failed are run again.
         device: Where the networks are trained.
         progress: Whether to show progress bars.
 
@@ -149,6 +157,8 @@ def pilot(
 
     Raises:
         ValueError: If n is too small, a choice is unknown, or a simulator misbehaves (see `simulate`).
+        SimulationError: As `simulate`.
+        StoreError: As `simulate`.
 
     References:
         | Multilevel Monte Carlo methods (Giles, 2015), section 3
@@ -162,10 +172,11 @@ def pilot(
     check_transform(x_transform)
     if integrand != "loss":
         raise ValueError(f'Expected integrand "loss"; got {integrand!r}.')
-    run = {"seed": seed, "executor": executor, "workers": workers, "progress": progress}
-    joint = simulate_joint(stack, n, stream=JOINT_STREAM, replay=True, **run)  # type: ignore[arg-type]
+    options = RunOptions(store, executor, workers, None, on_failure, retry_failed, progress)
+    joint = simulate_joint(stack, n, seed=seed, stream=JOINT_STREAM, replay=True, options=options)
     apart = [
-        simulate_joint(stack, n, stream=JOINT_STREAM + 1 + level, levels=slice(level, level + 1), **run)  # type: ignore[arg-type]
+        simulate_joint(stack, n, seed=seed, stream=JOINT_STREAM + 1 + level, levels=slice(level, level + 1),
+                       options=options)
         for level in range(len(stack) - 1)
     ]
     if len(joint.theta) < _FEWEST:

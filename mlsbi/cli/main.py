@@ -19,15 +19,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
+    from mlsbi.simulation.scheduling import SimulationError
     from mlsbi.training.loop import TrainingError
 
     try:
         options.function(options, given)
-    except (ValueError, TypeError, FileNotFoundError, ImportError, TrainingError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError, SimulationError, TrainingError) as error:
         print(f"mlsbi: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mlsbi: interrupted", file=sys.stderr)
+        print("mlsbi: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
     return 0
 
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tests", type=int, help="test simulations of the highest level (tasks: up to 400; own stack: 0)")
     run.add_argument("--draws", type=int, default=2000, help="posterior draws to write (default 2000)")
     run.add_argument("--out", type=Path, help="folder for everything (default runs/TASK-STRATEGY-SEED)")
-    run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
+    run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder; "
+                     "its simulations are used again where they fit")
     run.set_defaults(function=_run)
 
     report = commands.add_parser("report", help="draw the figures and report.html of a finished run again")
@@ -80,6 +82,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
                         "task's usual one; npe for an own stack)")
     parser.add_argument("--pilot", type=int, default=64, metavar="ROWS", help="pilot rows (default 64)")
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate (default 1)")
+    parser.add_argument("--on-failure", choices=("raise", "drop", "redraw"), default="raise", help="what a failed "
+                        "simulation does: end the run (default), leave a gap, or have another one made in its place")
+    parser.add_argument("--retry-failed", action="store_true", help="simulate rows again that failed before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -135,7 +140,9 @@ def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
 def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
     from mlsbi.allocation.optimal import optimal_allocation
     from mlsbi.allocation.piloting import pilot
-    from mlsbi.cli.running import FEWEST_ROWS, check_budget
+    from mlsbi.cli.folders import STORE
+    from mlsbi.cli.requests import FEWEST_ROWS
+    from mlsbi.cli.running import check_budget
 
     target = _target(options)
     if target.stack is None:
@@ -144,7 +151,8 @@ def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
         check_budget(target, options.budget, options.pilot)
     report = pilot(target.stack, options.pilot, seed=options.seed, estimator=options.estimator or target.estimator,
                    x_transform=target.x_transform, device=options.device, workers=options.workers,
-                   progress=not options.quiet)
+                   store=None if options.out is None else options.out / STORE, on_failure=options.on_failure,
+                   retry_failed=options.retry_failed, progress=not options.quiet)
     plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance,
                               minimum=FEWEST_ROWS)
     print(f"{report}\n\n{plan}")
@@ -152,21 +160,18 @@ def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
         from mlsbi import plots
 
         options.out.mkdir(parents=True, exist_ok=True)
-        report.data.save(options.out / "pilot.npz")
         for name, figure in (("pilot", plots.pilot(report)), ("plan", plots.plan(plan))):
             figure.savefig(options.out / f"{name}.png", dpi=110)
-        print(f"\npilot rows and figures: {options.out}")
+        print(f"\npilot rows, for `mlsbi run --out` of the same folder, and figures: {options.out}")
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
-    from mlsbi.cli.running import RunRequest, run
+    from mlsbi.cli.requests import RunRequest
+    from mlsbi.cli.running import run
 
     target = _target(options)
     label = Path(target.name.partition(":")[0]).stem
     out = options.out or Path("runs") / f"{label}-{'-'.join(options.strategy)}-{options.seed}"
-    kept = [name for name in ("results.json", "data.npz", "pilot.npz") if (out / name).exists()]
-    if kept and not options.overwrite:
-        raise ValueError(f"{out} holds {', '.join(kept)} of an earlier run. Give another --out, or --overwrite.")
     for name, least in (("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
@@ -176,8 +181,9 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         strategies=options.strategy, estimator=options.estimator, observations=options.observations,
         seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
         command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
-        workers=options.workers, tests=options.tests, draws=options.draws, x_o=options.x_o, progress=not options.quiet,
-        say=lambda text: print(text, flush=True),
+        workers=options.workers, on_failure=options.on_failure, retry_failed=options.retry_failed,
+        overwrite=options.overwrite, tests=options.tests, draws=options.draws, x_o=options.x_o,
+        progress=not options.quiet, say=lambda text: print(text, flush=True),
     ))
     print()
     for sentence in results["verdict"]:

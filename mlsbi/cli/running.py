@@ -2,12 +2,11 @@ r"""`mlsbi run`: from a target to a checked posterior in a folder."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,6 +21,8 @@ from torch import Tensor
 import mlsbi
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
 from mlsbi.allocation.piloting import PilotReport, pilot, pilot_cost
+from mlsbi.cli.folders import KEPT, STORE, begin, read_kept, write_json
+from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
 from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, count_runs, spread
 from mlsbi.density.embeddings import embedding_to_config
@@ -37,45 +38,18 @@ from mlsbi.randomness import child_seed
 from mlsbi.report.checking import check_likelihood, check_posterior, compare, verdict
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
-from mlsbi.simulation.campaign import simulate
+from mlsbi.simulation.campaign import RunOptions, simulate
 from mlsbi.simulation.seeding import TEST_STREAM, RowSource
-from mlsbi.strategies.registry import strategy_names, strategy_to_config
-from mlsbi.training.loop import TrainingError, TrainingOptions
+from mlsbi.strategies.registry import strategy_to_config
+from mlsbi.training.loop import TrainingError
 from mlsbi.training.objective import Term
 
-__all__ = ["FEWEST_ROWS", "RunRequest", "check_budget", "run"]
-
-FEWEST_ROWS = 2
-"""Rows that a term needs: one to train on, one to hold out."""
+__all__ = ["check_budget", "run"]
 
 _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
 _CHAIN_DRAWS = 199  # where draws are dear
 _LIKELIHOOD_TESTS = 100
 _LIKELIHOOD_ROWS = 5000
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What the user asked for; the fields are the options of `mlsbi run`."""
-
-    strategies: tuple[str, ...]
-    seed: int
-    device: str
-    ensemble: int
-    out: Path
-    command: str
-    estimator: Literal["npe", "nle"] | None = None
-    observations: int | None = None
-    budget: float | None = None
-    n: tuple[int, ...] | None = None
-    pilot_rows: int = 64
-    workers: int = 1
-    tests: int | None = None
-    draws: int = 2000
-    x_o: Path | None = None
-    training: TrainingOptions = TrainingOptions()
-    progress: bool = True
-    say: Any = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +63,8 @@ class _Tests:
 def run(target: Target, request: RunRequest) -> dict[str, Any]:
     r"""Plans and simulates, then trains, infers and checks with every strategy; writes everything to `request.out`.
 
-    Data, models and results are saved as soon as they exist.
+    Every simulation is kept in `request.out/store`, data, models and results as soon as they exist. The same request
+    for a folder that an interrupted run left goes on where that one was.
 
     Returns:
         The content of `results.json`.
@@ -108,23 +83,26 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     observed = _read_observation(target, request, kind)
     m = _count_observations(target, request, kind, observed)
     out = request.out
-    _clear(out, request.strategies)
+    begin(target, request, say)
+    options = RunOptions(None if target.stack is None else out / STORE, workers=request.workers,
+                         on_failure=request.on_failure, retry_failed=request.retry_failed, progress=request.progress)
 
-    report, plan, data = _simulate(target, request, kind, n_asked, say)
+    report, plan, data = _simulate(target, request, kind, n_asked, options, say)
     data.save(out / "data.npz")
     say(f"simulated {data}")
 
     test_rows = max(n_tests, 1) if observed is None else n_tests
     tests, truth = None, None
     if test_rows:
-        tests = _Tests(*(target.test_sets(test_rows, m, request.seed) if kind == "nle"
-                         else target.test(test_rows, request.seed)))
+        tests = _Tests(*(target.test_sets(test_rows, m, request.seed, options) if kind == "nle"
+                         else target.test(test_rows, request.seed, options)))
     if observed is None and tests is not None:
         truth, observed = tests.theta[0], tests.x[0]
-    judged = _judge_rows(target, request, kind) if n_tests else None
+    judged = _judge_rows(target, request, kind, options) if n_tests else None
     exact, exact_chain = _draw_exact(target, request, kind, observed)
     results: dict[str, Any] = {
         "format": 2,
+        "complete": False,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"mlsbi": mlsbi.__version__, "python": platform.python_version(),
                      **{name: version(name) for name in ("torch", "nflows", "numpy")}},
@@ -142,9 +120,16 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         exact.to_csv(out / "reference_samples.csv", index=False)
     results["strategies"] = records = []
     log_q: dict[str, np.ndarray[Any, Any]] = {}
+    digest = _digest(data, tests, observed)
     for name, estimator in estimators.items():
         if len(estimators) > 1:
             say(f"{name}:")
+        kept = read_kept(out / name, digest)
+        if kept is not None:
+            say("trained and checked before")
+            records.append(kept[0])
+            log_q[name] = kept[1]
+            continue
         try:
             estimator.fit(data, ensemble=request.ensemble, progress=request.progress)
         except TrainingError as error:
@@ -158,23 +143,31 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         record.update(name=name, error=None, **_cost_of(estimator, results, data))
         records.append(record)
         log_q[name] = arrays.get("log_q", np.empty(0))
+        write_json(out / name / KEPT, {"data": digest, "record": record})
         # Written anew after every strategy: what is done stays, whatever happens to the next one.
         results["comparison"] = compare(records, log_q)
         results["verdict"] = verdict(results)
-        _write_results(out, results)
+        write_json(out / "results.json", results)
     if not log_q:
         raise TrainingError("; ".join(f"{record['name']}: {record['error']}" for record in records))
+    results["comparison"] = compare(records, log_q)
     results["verdict"] = verdict(results)
-    _write_results(out, results)
+    write_json(out / "results.json", results)
     draw_figures(out)
     write_report(out)
+    write_json(out / "results.json", {**results, "complete": True})
     return results
 
 
-def _write_results(out: Path, results: Mapping[str, Any]) -> None:
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(_plain(results), indent=1))
-    os.replace(partial, out / "results.json")
+def _digest(data: MultilevelData, tests: _Tests | None, observed: Tensor | None) -> str:
+    """What a strategy is trained, checked and asked with, as a hash."""
+    tensors = [tensor for level in data for tensor in (level.theta, level.fine, level.coarse)]
+    tensors += [tests.theta, tests.x] if tests is not None else []
+    found = hashlib.sha256()
+    for tensor in (*tensors, observed):
+        if tensor is not None:
+            found.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _check_strategies(estimators: Mapping[str, NPE | NLE], levels: int) -> None:
@@ -203,11 +196,11 @@ def _count_observations(target: Target, request: RunRequest, kind: str, observed
     return len(observed)
 
 
-def _judge_rows(target: Target, request: RunRequest, kind: str) -> _Tests | None:
+def _judge_rows(target: Target, request: RunRequest, kind: str, options: RunOptions) -> _Tests | None:
     """Single outputs on which a likelihood is compared with the exact one, where that is known."""
     if kind != "nle" or target.likelihood is None:
         return None
-    return _Tests(*target.test(min(target.most_rows, _LIKELIHOOD_ROWS), request.seed))
+    return _Tests(*target.test(min(target.most_rows, _LIKELIHOOD_ROWS), request.seed, options))
 
 
 def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) -> NPE | NLE:
@@ -329,18 +322,6 @@ def _asked(
     }
 
 
-def _clear(out: Path, strategies: Sequence[str]) -> None:
-    """Removes what an earlier run left, so that nothing of it is taken for this one's."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "report.html", "data.npz", "pilot.npz", "reference_samples.csv"):
-        (out / name).unlink(missing_ok=True)
-    found = list(out.glob("figures/*.png"))
-    for name in {*strategies, *strategy_names()}:
-        found += [*(out / name).glob("model/model.*"), out / name / "posterior_samples.csv", out / name / "checks.npz"]
-    for path in found:
-        path.unlink(missing_ok=True)
-
-
 def check_budget(target: Target, budget: float, pilot_rows: int) -> None:
     """Raises a `ValueError` unless a budget reaches beyond the pilot's own cost, before that is spent."""
     if not (math.isfinite(budget) and budget > 0):
@@ -394,7 +375,7 @@ def _read_observation(target: Target, request: RunRequest, kind: str) -> Tensor 
         row = RowSource(target.stack, seed=request.seed, stream=TEST_STREAM).rows(0, 1)
         shape = torch.as_tensor(target.stack.levels[0].simulate(*row)).shape[1:]
     else:
-        shape = target.test(1, request.seed)[1].shape[1:]
+        shape = target.test(1, request.seed, RunOptions())[1].shape[1:]
     if x.ndim == 0 and shape.numel() == 1:
         x = x.reshape(shape)
     if kind == "nle":
@@ -412,23 +393,22 @@ def _comma(path: Path) -> str | None:
 
 
 def _simulate(
-    target: Target, request: RunRequest, kind: Literal["npe", "nle"], n: tuple[int, ...] | None, say: Any
+    target: Target, request: RunRequest, kind: Literal["npe", "nle"], n: tuple[int, ...] | None, options: RunOptions,
+    say: Any,
 ) -> tuple[PilotReport | None, Allocation | None, MultilevelData]:
     if target.simulate_data is not None and n is not None:
         return None, None, target.simulate_data(n, request.seed)
     if target.stack is None:
         raise ValueError(f"'{target.name}' has neither simulators nor data.")
+    run: dict[str, Any] = {"seed": request.seed, **vars(options)}
+    run.pop("batch_size")
     if n is not None:
-        return None, None, simulate(target.stack, n, seed=request.seed, workers=request.workers,
-                                    progress=request.progress)
-    report = pilot(target.stack, request.pilot_rows, seed=request.seed, estimator=kind, x_transform=target.x_transform,
-                   device=request.device, workers=request.workers, progress=request.progress)
-    report.data.save(request.out / "pilot.npz")  # paid for: kept whatever happens next
+        return None, None, simulate(target.stack, n, **run)
+    report = pilot(target.stack, request.pilot_rows, estimator=kind, x_transform=target.x_transform,
+                   device=request.device, **run)
     plan = optimal_allocation(report, budget=request.budget, minimum=FEWEST_ROWS)
     say(f"{report}\n\n{plan}\n")
-    data = simulate(target.stack, plan, seed=request.seed, reuse=report.data, workers=request.workers,
-                    progress=request.progress)
-    return report, plan, data
+    return report, plan, simulate(target.stack, plan, reuse=report.data, **run)
 
 
 def _planned(
@@ -505,18 +485,3 @@ def _summary(
 def _chain(posterior: Any) -> dict[str, Any] | None:
     found = getattr(posterior, "convergence", ())
     return {**asdict(found[0]), "warning": found[0].warning} if found else None
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready content; numbers that JSON lacks become words."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, np.integer):
-        return int(value)
-    return value

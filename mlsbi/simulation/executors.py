@@ -1,13 +1,18 @@
-r"""Where simulations run: in this process, or through any `concurrent.futures.Executor`."""
+r"""Where simulations run: in this process, on processes of this machine, or through any executor."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from typing import Any
 
-__all__ = ["SerialExecutor", "open_executor"]
+__all__ = ["SerialExecutor", "Workers", "open_workers", "worker_died"]
+
+_UNKNOWN_WIDTH = 8
+_WIDTH_AGE = 5.0  # seconds after which a cluster is asked again how many workers it has
 
 
 class SerialExecutor(Executor):
@@ -20,23 +25,121 @@ class SerialExecutor(Executor):
         return future
 
 
+class Workers:
+    r"""An executor that starts when it is first needed, knows its width and can be made anew when it broke.
+
+    Args:
+        make: Makes an executor.
+        renewable: Whether `make` may be called again after a worker died.
+        owned: Whether the executor is ours to shut down.
+    """
+
+    def __init__(self, make: Callable[[], Executor], *, renewable: bool, owned: bool) -> None:
+        self._make, self.renewable, self._owned = make, renewable, owned
+        self._pool: Executor | None = None
+        self._width = -math.inf, 1  # when it was asked for, and the answer
+
+    @property
+    def pool(self) -> Executor:
+        """The executor, started now if it was not."""
+        if self._pool is None:
+            self._pool = self._make()
+        return self._pool
+
+    @property
+    def serial(self) -> bool:
+        """Whether calls run in this thread, one after the other."""
+        return isinstance(self.pool, SerialExecutor)
+
+    @property
+    def width(self) -> int:
+        """How many calls run at a time, as far as that is known."""
+        if self.serial:
+            return 1
+        now = time.monotonic()
+        if now - self._width[0] > _WIDTH_AGE:
+            self._width = now, max(1, _width_of(self.pool))
+        return self._width[1]
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As an executor's."""
+        return self.pool.submit(fn, *args, **kwargs)
+
+    def renew(self) -> None:
+        """Makes a new executor in place of one whose worker died."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends an executor of ours without waiting for what it runs; another one is left to its owner."""
+        pool, self._pool = self._pool, None
+        if pool is None or not self._owned:
+            return
+        # Loky can kill its workers, the standard library cancel what has not begun; Dask's cancels everything.
+        for options in ({"kill_workers": True}, {"cancel_futures": True}, {}):
+            with contextlib.suppress(TypeError):
+                pool.shutdown(wait=False, **options)
+                return
+
+    def close(self) -> None:
+        """Shuts an executor of ours down, which has nothing left to do."""
+        pool, self._pool = self._pool, None
+        if pool is not None and self._owned:
+            pool.shutdown()
+
+
 @contextlib.contextmanager
-def open_executor(executor: Executor | None, workers: int) -> Iterator[Executor]:
-    """Gives the caller's executor, a pool of `workers` processes, or this process.
+def open_workers(executor: Any, workers: int) -> Iterator[Workers]:
+    r"""Gives the means to run simulations.
+
+    Args:
+        executor: A `concurrent.futures.Executor`; a function that makes one, which is called again when a worker died;
+            a `dask.distributed.Client`; or `None`.
+        workers: Processes on this machine, when no executor is given.
 
     Raises:
         ValueError: If both an executor and workers are given, or workers is not positive.
+        TypeError: If the executor is none.
     """
-    if workers < 1:
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"Expected workers >= 1; got {workers}.")
     if executor is not None and workers > 1:
         raise ValueError("Expected an executor or workers, not both: the executor decides how many workers it has.")
-    if executor is not None:
-        yield executor
-    elif workers == 1:
-        yield SerialExecutor()
-    else:
-        from loky import ProcessPoolExecutor
+    pool = _workers_of(executor, workers)
+    try:
+        yield pool
+    except BaseException:
+        pool.stop()
+        raise
+    pool.close()
 
-        with ProcessPoolExecutor(max_workers=workers) as pool:
-            yield pool
+
+def worker_died(error: BaseException) -> bool:
+    """Whether a call failed because the process that ran it is gone."""
+    # Dask gives up on a task after several workers died of it; loky's pool breaks, too, at what it cannot unpickle.
+    return type(error).__name__ == "KilledWorker" or isinstance(error, BrokenExecutor) and "serialize" not in str(error)
+
+
+def _workers_of(executor: Any, workers: int) -> Workers:
+    if executor is None:
+        return Workers(SerialExecutor if workers == 1 else lambda: _loky(workers), renewable=True, owned=True)
+    if isinstance(executor, Executor):
+        return Workers(lambda: executor, renewable=False, owned=False)
+    if hasattr(executor, "get_executor"):  # Dask's client
+        return Workers(lambda: executor.get_executor(pure=False), renewable=True, owned=True)
+    if not callable(executor):
+        raise TypeError("Expected a concurrent.futures.Executor, a function that makes one, or a dask.distributed "
+                        f"Client; got {type(executor).__name__}.")
+    return Workers(executor, renewable=True, owned=True)
+
+
+def _loky(workers: int) -> Executor:
+    from loky import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(max_workers=workers)
+
+
+def _width_of(pool: Executor) -> int:
+    client = getattr(pool, "_client", None)
+    if client is not None and hasattr(client, "nthreads"):
+        return sum(client.nthreads().values()) or 1
+    return int(getattr(pool, "_max_workers", None) or _UNKNOWN_WIDTH)

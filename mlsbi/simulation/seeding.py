@@ -16,7 +16,7 @@ from mlsbi.levels import LevelStack, map_noise
 from mlsbi.priors import sample_prior
 from mlsbi.randomness import check_seed, child_seed
 
-__all__ = ["BLOCK", "JOINT_STREAM", "TEST_STREAM", "RowSource"]
+__all__ = ["BLOCK", "JOINT_STREAM", "SET_STREAM", "TEST_STREAM", "RowSource"]
 
 BLOCK = 1024
 """Rows drawn together."""
@@ -26,6 +26,9 @@ JOINT_STREAM = 1 << 16
 
 TEST_STREAM = 1 << 17
 """Random stream of test rows. Streams 0, 1, ... are the levels' own."""
+
+SET_STREAM = 1 << 24
+"""Sets of m outputs are kept as stream `SET_STREAM * m` plus the number of the stream they are drawn from."""
 
 
 class RowSource:

@@ -2,20 +2,44 @@ r"""Sets of independent outputs at the same parameters, as a likelihood is teste
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlsbi.levels import LevelStack
-from mlsbi.simulation.campaign import warn_left_out
-from mlsbi.simulation.seeding import BLOCK, RowSource
+from mlsbi.randomness import check_seed
+from mlsbi.simulation.campaign import DROPPING, RunOptions, run_terms, warn_left_out
+from mlsbi.simulation.records import OK, Stream
+from mlsbi.simulation.scheduling import SimulationError, Term
+from mlsbi.simulation.seeding import SET_STREAM, RowSource
 
 __all__ = ["simulate_sets"]
 
 
-def simulate_sets(stack: LevelStack, level: int, n: int, m: int, *, seed: int, stream: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _SetSource:
+    """Rows of a stream with one theta for m of them: its row k for rows `k m` to `k m + m - 1`."""
+
+    thetas: RowSource
+    noises: RowSource  # apart, as each keeps the block it drew last
+    m: int
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Any]:
+        first = start // self.m
+        theta = self.thetas.rows(first, (stop - 1) // self.m + 1)[0]
+        return theta[torch.arange(start, stop) // self.m - first], self.noises.rows(start, stop)[1]
+
+
+def simulate_sets(
+    stack: LevelStack, level: int, n: int, m: int, *, seed: int, stream: int,
+    options: RunOptions = DROPPING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     r"""Draws theta `(n, D)` and sets of m independent outputs `(n, m, ...)` of one level at each.
 
-    Sets with NaN or infinite outputs are left out, with a warning. With m = 1 these are the rows of `simulate_level`.
+    A set with a failed output is left out whole, with a warning. With m = 1 these are the rows of `simulate_level`.
 
     Args:
         stack: Prior, noise and levels.
@@ -24,26 +48,29 @@ def simulate_sets(stack: LevelStack, level: int, n: int, m: int, *, seed: int, s
         m: Outputs in each.
         seed: Seed of everything random.
         stream: Random stream.
+        options: How they are run; `on_failure="redraw"` is not for sets.
 
     Raises:
-        ValueError: If n or m is not positive, or no set is finite.
+        ValueError: If n or m is not positive, or failed rows are to be redrawn.
+        SimulationError: If no set is finished, or a row failed and `on_failure` is `"raise"`.
     """
     if min(n, m) < 1:
         raise ValueError(f"Expected at least one set of at least one output; got n={n}, m={m}.")
-    source = RowSource(stack, seed=seed, stream=stream)
-    theta = source.rows(0, n)[0]
-    outputs = []
-    for start in range(0, n * m, BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, n * m))
-        noise = source.rows(start, int(rows[-1]) + 1)[1]
-        found = torch.as_tensor(stack.levels[level].simulate(theta[rows // m], noise)).detach().cpu()
-        if len(found) != len(rows):
-            raise ValueError(f"Expected {len(rows)} outputs of '{stack.levels[level].name}', one per theta; got "
-                             f"{len(found)}.")
-        outputs.append(found if found.is_floating_point() else found.to(theta.dtype))
-    x = torch.cat(outputs).reshape(n, m, *outputs[0].shape[1:])
-    finite = torch.isfinite(x).flatten(1).all(1)
-    if not bool(finite.any()):
-        raise ValueError(f"Every one of {n} sets of '{stack.levels[level].name}' has NaN or infinite outputs.")
-    warn_left_out([stack.levels[level].name], [n], [int((~finite).sum())])
-    return theta[finite], x[finite]
+    if options.on_failure == "redraw":
+        raise ValueError('Expected on_failure "raise" or "drop" for sets; a set has no further rows to redraw.')
+    index = range(len(stack))[level]
+    number = stream if m == 1 else SET_STREAM * m + stream
+    thetas, noises = (RowSource(stack, seed=seed, stream=stream) for _ in range(2))
+    source = _SetSource(thetas, noises, m)
+    term = Term([stack.levels[index]], Stream(check_seed(seed), number, (index,)), source, n * m,
+                label=stack.levels[index].name)
+    run_terms(stack, [term], [()], options)
+    whole = torch.from_numpy((term.status == OK).reshape(n, m).all(1))
+    name = stack.levels[index].name
+    if not bool(whole.any()):
+        raise SimulationError(f"Every one of {n} sets of '{name}' has a failed output.")
+    warn_left_out([name], [n], [int(np.sum(~whole.numpy()))])
+    theta = term.theta
+    if theta is None:
+        raise RuntimeError("A finished term has no rows.")
+    return theta[::m][whole], term.outputs[0].reshape(n, m, *term.outputs[0].shape[1:])[whole]

@@ -159,7 +159,7 @@ def test_rows_that_fail_are_reported():
         return torch.where(theta[:, :1] > 0.9, torch.nan, exact(theta, noise))
 
     with pytest.warns(UserWarning, match="level 0, level 1"):
-        report = pilot(stack(exact, failing), 64, seed=0, progress=False)
+        report = pilot(stack(exact, failing), 64, seed=0, on_failure="drop", progress=False)
     assert report.data.failures[1] == 64 - len(report.losses) > 0
 
 

@@ -109,7 +109,7 @@ def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
     assert results["pilot"]["n"] == 16
     assert only(results)["posterior"]["names"] == ["gamma", "mu", "sigma", "x_0"]
     assert {"pilot", "plan"} <= {path.stem for path in (out / "figures").glob("*.png")}
-    assert (out / "pilot.npz").is_file()
+    assert len(mlsbi.open_store(out / "store").data().levels[1].theta) == results["spent"]["n"][1]
     assert "Report:" in capsys.readouterr().out
 
 
@@ -304,7 +304,7 @@ def test_plan_prints_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16 joint rows" in printed
     assert "euler" in printed
-    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"pilot.npz", "pilot.png", "plan.png"}
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"store", "pilot.png", "plan.png"}
 
 
 def test_tasks_lists_all(capsys, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, simulate
-from mlsbi.simulation.campaign import simulate_joint, simulate_level
+from mlsbi.simulation.campaign import SimulationError, simulate_joint, simulate_level
 from mlsbi.simulation.seeding import BLOCK, TEST_STREAM, RowSource
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0])
@@ -143,7 +143,7 @@ def fail_above(limit):
 
 def test_nan_rows_are_left_out_with_their_twins_counted_and_warned_about():
     with pytest.warns(UserWarning, match="of 50 at level 'high'"):
-        data = run(make(high=fail_above(0.8)))
+        data = run(make(high=fail_above(0.8)), on_failure="drop")
     lost = data.failures[1]
     assert data.failures[0] == 0
     assert 0 < lost < 50
@@ -154,9 +154,10 @@ def test_nan_rows_are_left_out_with_their_twins_counted_and_warned_about():
     assert torch.equal(data.levels[1].coarse, low(theta, u)[theta[:, 0] <= 0.8])
 
 
-def test_nothing_finite_is_an_error():
-    with pytest.raises(ValueError, match="Every one of the 50 rows of level 'high'"):
-        run(make(high=fail_above(-1.0)))
+@pytest.mark.parametrize("on_failure", ["drop", "redraw"])
+def test_nothing_finite_is_an_error(on_failure):
+    with pytest.raises(SimulationError, match="Every one of the first 32 rows of level 'high' failed"):
+        run(make(high=fail_above(-1.0)), on_failure=on_failure)
 
 
 def changing(theta, noise):

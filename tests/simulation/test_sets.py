@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack
-from mlsbi.simulation.campaign import simulate_level
+from mlsbi.simulation.campaign import SimulationError, simulate_level
 from mlsbi.simulation.sets import simulate_sets
 
 PRIOR = BoxPrior([0.0], [1.0])
@@ -47,7 +47,7 @@ def test_sets_with_infinite_outputs_are_left_out_with_a_warning():
     assert 150 < len(theta) == len(x) < 200
     assert torch.isfinite(x).all()
     hopeless = stack_of(lambda theta, noise: torch.full_like(noise, torch.nan))
-    with pytest.raises(ValueError, match="Every one of 5 sets of 'high'"):
+    with pytest.raises(SimulationError, match="Every one of the first 10 rows of level 'high' failed"):
         simulate_sets(hopeless, -1, 5, 2, seed=0, stream=9)
     with pytest.raises(ValueError, match="at least one output; got n=5, m=0"):
         simulate_sets(STACK, -1, 5, 0, seed=0, stream=9)

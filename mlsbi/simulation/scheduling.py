@@ -1,0 +1,546 @@
+r"""Getting rows run: what is missing, in batches, finest level first, whatever happens to single rows or workers."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlsbi.levels import Level, map_noise
+from mlsbi.simulation.execution import Expected, Outcome, run_levels
+from mlsbi.simulation.executors import Workers, worker_died
+from mlsbi.simulation.progress import Progress
+from mlsbi.simulation.records import OK, STATUSES, Records, Stream
+from mlsbi.simulation.seeding import BLOCK
+
+__all__ = [
+    "MISSING", "Batch", "Ledger", "OnFailure", "Runner", "SimulationError", "Source", "Term", "cut_missing",
+]  # fmt: skip
+
+OnFailure = Literal["raise", "drop", "redraw"]
+"""What a failed row does: end the campaign, leave a gap, or have a further row run in its place."""
+
+MISSING = len(STATUSES)
+"""In place of a status, of rows not run."""
+
+_PROBED = 2  # rows run before the bulk
+_LARGEST_BATCH = 16 * BLOCK  # rows; bounds the memory that noise takes
+_BATCH_SECONDS = 1.0  # what a batch of slow simulations should take, so that little is under way at any time
+_TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
+_ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
+_MOST_REDRAWN = 10  # times the rows wanted, and 100, that redrawing may run
+_FAILURES_KEPT = 5  # shown in an error
+
+
+class SimulationError(RuntimeError):
+    r"""A simulation failed and the campaign was to stop, or nothing could be simulated at all.
+
+    Args:
+        message: What happened and how to go on.
+        failures: What went wrong, one sentence a row.
+    """
+
+    def __init__(self, message: str, failures: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
+        self.data: Any = None
+        """The rows that were finished before, for `simulate(..., reuse=error.data)`; `None` where there are none."""
+
+
+class Source(Protocol):
+    """Where a stream's rows come from."""
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Theta and noise of rows `start:stop`."""
+        ...
+
+
+class Ledger(Protocol):
+    """Where finished batches are kept, such as a store's writer."""
+
+    def add(self, stream: Stream, records: Records) -> None:
+        """Keeps records for good."""
+        ...
+
+    def add_replay(self, stream: Stream, index: Any, runs: Any, seconds: Any) -> None:
+        """Keeps what a replay cost."""
+        ...
+
+    def tick(self) -> None:
+        """Is called now and then."""
+        ...
+
+
+@dataclass
+class Term:
+    r"""One stream of rows on which the same levels are run, and what came back so far.
+
+    Args:
+        levels: The levels.
+        stream: Their stream.
+        source: Draws theta and noise.
+        n: Finished rows wanted; with gaps, rows wanted.
+        first: Row of the stream to begin with.
+        label: What progress and errors call it.
+    """
+
+    levels: Sequence[Level]
+    stream: Stream
+    source: Source
+    n: int
+    first: int = 0
+    label: str = ""
+    place: int = 0
+    status: Any = None
+    theta: Tensor | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+    dtypes: list[Any] = field(default_factory=list)
+    failures: dict[int, tuple[str, str]] = field(default_factory=dict)  # row: status in words, message
+    missing: deque[tuple[int, int]] = field(default_factory=deque)
+    runs: Any = None
+    seconds: Any = None
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        self.label = self.label or self.levels[-1].name
+        self.status = np.full(self.n, MISSING, np.uint8)
+        self.runs, self.seconds = np.zeros(len(self.levels), np.int64), np.zeros(len(self.levels))
+        self.dtypes = [None] * len(self.levels)
+
+    @property
+    def stop(self) -> int:
+        """Row behind the last that is wanted."""
+        return self.first + len(self.status)
+
+    @property
+    def done(self) -> int:
+        """Rows run, failed ones included."""
+        return int((self.status != MISSING).sum())
+
+    @property
+    def finished(self) -> int:
+        """Rows that every level finished."""
+        return int((self.status == OK).sum())
+
+    def put(self, records: Records) -> None:
+        """Writes records in their places: joining batches later would take twice the memory."""
+        at: Any = records.index - self.first
+        at = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
+        self.status[at] = records.status
+        self.runs += records.runs.sum(0)
+        self.seconds += records.seconds.sum(0)
+        for row, message in records.messages.items():
+            self.failures[int(records.index[row])] = STATUSES[records.status[row]], message
+        if self.theta is None:
+            self.theta = torch.empty(len(self.status), records.theta.shape[1], dtype=_float_of(records.theta))
+        self.theta[at] = torch.from_numpy(records.theta)
+        if not records.outputs:
+            return
+        if not self.outputs:
+            self.dtypes = [output.dtype for output in records.outputs]
+            self.outputs = [torch.empty(len(self.status), *output.shape[1:], dtype=_float_of(output))
+                            for output in records.outputs]
+        for place, output in zip(self.outputs, records.outputs, strict=True):
+            place[at] = torch.from_numpy(output)
+
+    def extend(self, rows: int) -> None:
+        """Wants more rows, in place of failed ones."""
+        start = self.stop
+        self.status = np.concatenate([self.status, np.full(rows, MISSING, np.uint8)])
+        if self.missing and self.missing[-1][1] == start:
+            start = self.missing.pop()[0]
+        self.missing.append((start, self.stop))
+        room = 0 if self.theta is None else len(self.theta)
+        if 0 < room < len(self.status):
+            more = max(len(self.status) - room, room // 4)
+            self.theta = _longer(self.theta, more)
+            self.outputs = [_longer(output, more) for output in self.outputs]
+
+    def finite_rows(self, *, up_to: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Theta and outputs of finished rows, among the first `up_to`."""
+        kept = torch.from_numpy(self.status[:up_to] == OK)
+        theta = torch.empty(0, 0) if self.theta is None else self.theta[:len(kept)]
+        outputs = [output[:len(kept)] for output in self.outputs]
+        if kept.all():
+            return theta, outputs
+        return theta[kept], [output[kept] for output in outputs]
+
+
+@dataclass
+class Batch:
+    """Rows `start:stop` of a term that are run together; `replay` names the places of levels to run again."""
+
+    term: Term
+    start: int
+    stop: int
+    guard: bool = False
+    replay: tuple[int, ...] = ()
+    deaths: int = 0
+    lost_runs: int = 0  # runs a row has behind it that gave nothing
+    lost_seconds: Any = 0.0  # and their seconds, per row and level
+    theta: Any = None  # as sent
+    seeds: Any = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must be the only one under way, so that it is clear of what a worker dies."""
+        return self.deaths >= _TRIES - 1
+
+    def halves(self) -> list[Batch]:
+        """Both halves, with the batch's past."""
+        middle = (self.start + self.stop) // 2
+        past = {"guard": self.guard, "deaths": self.deaths, "lost_runs": self.lost_runs,
+                "lost_seconds": self.lost_seconds}
+        return [Batch(self.term, self.start, middle, **past), Batch(self.term, middle, self.stop, **past)]
+
+
+@dataclass
+class Runner:
+    r"""Sends batches of rows to workers, a bounded number at a time, and takes what comes back.
+
+    Args:
+        workers: Where simulations run.
+        ledger: Where finished batches are kept; `None` to keep them in memory only.
+        progress: Bars, one per term.
+        batch_size: Rows a call; chosen from the simulators' speed when `None`.
+        on_failure: What a failed row does.
+        shape: Shape of one output, where it is known.
+        describe: Says of a theta which parameters it has.
+    """
+
+    workers: Workers
+    ledger: Ledger | None
+    progress: Progress
+    batch_size: int | None
+    on_failure: OnFailure
+    shape: tuple[int, ...] | None
+    describe: Callable[[Tensor], str]
+
+    def __post_init__(self) -> None:
+        self._again: deque[Batch] = deque()
+        self._flying: dict[Future[Any], Batch] = {}
+        self._stopped: SimulationError | None = None
+
+    def probe(self, terms: Sequence[Term]) -> None:
+        """Runs the first rows of terms of which none is finished, and sees to it that levels keep their contract."""
+        waiting = [term for term in terms if term.missing and not term.finished]
+        while waiting:
+            self._work(iter([self._cut(term, _PROBED, guard=True) for term in waiting]))
+            waiting = [term for term in waiting if term.missing and not term.finished]
+
+    def replay(self, wanted: Sequence[tuple[Term, tuple[int, ...]]]) -> None:
+        """Runs levels of terms again at their first finished rows and compares: a level must be deterministic."""
+        batches = []
+        for term, places in wanted:
+            rows = term.first + np.flatnonzero(term.status == OK)[:_PROBED]
+            # One row at a time and backwards: what depends on the rest of a batch, or on calls before, shows too.
+            batches += [Batch(term, row, row + 1, replay=places) for row in rows[::-1].tolist() if places]
+        self._work(iter(batches))
+
+    def finish(self, terms: Sequence[Term]) -> None:
+        """Runs all that is missing, finest term first."""
+        for term in terms:
+            term.batch = self.batch_size or self._first_batch(term)
+
+        def batches() -> Iterable[Batch]:
+            for term in reversed(terms):
+                while term.missing:
+                    yield self._cut(term, term.batch)
+
+        source = iter(batches())
+        self._work(source)
+        while any(term.missing for term in terms):  # redrawn rows of terms that the source had left behind
+            self._work(iter(batches()))
+
+    def _cut(self, term: Term, rows: int, *, guard: bool = False) -> Batch:
+        start, stop = term.missing.popleft()
+        if stop - start > rows:
+            term.missing.appendleft((start + rows, stop))
+        return Batch(term, start, min(stop, start + rows), guard=guard)
+
+    def _work(self, batches: Any) -> None:
+        """Runs batches until there are none left; on the way out, what is done is kept."""
+        more = True
+        try:
+            while True:
+                while self._stopped is None and self._has_room():
+                    batch = self._again.popleft() if self._again else next(batches, None)
+                    more = batch is not None
+                    if batch is None:
+                        break
+                    self._send(batch)
+                if not self._flying:
+                    if self._stopped is not None:
+                        raise self._stopped
+                    if not more and not self._again:
+                        return
+                    continue
+                self._receive()
+        except BaseException:
+            self._keep_what_is_done()
+            raise
+
+    def _has_room(self) -> bool:
+        if any(batch.alone for batch in self._flying.values()):
+            return False
+        if self._again and self._again[0].alone:
+            return not self._flying
+        return len(self._flying) < (1 if self.workers.serial else 2 * self.workers.width)
+
+    def _send(self, batch: Batch) -> None:
+        term = batch.term
+        theta, noise = term.source.rows(batch.start, batch.stop)
+        batch.theta, batch.seeds = theta.numpy(), _seeds_of(noise)
+        levels = [term.levels[place] for place in batch.replay] or term.levels
+        expected = Expected(self.shape, tuple(term.dtypes[place] for place in batch.replay) or tuple(term.dtypes))
+        if not self.workers.serial:  # plain arrays travel between processes; tensors would share file descriptors
+            noise = map_noise(Tensor.numpy, noise)
+        try:
+            future = self.workers.submit(run_levels, levels, theta if self.workers.serial else batch.theta, noise,
+                                         expected, guard=batch.guard, plain=not self.workers.serial)
+        except Exception as error:
+            if not worker_died(error):
+                raise
+            future = Future()
+            future.set_exception(error)
+        self._flying[future] = batch
+
+    def _receive(self) -> None:
+        """Takes what has come back; after a worker's death everything under way is looked at again."""
+        done, _ = wait(self._flying, timeout=1.0, return_when=FIRST_COMPLETED)
+        died: list[tuple[Batch, BaseException]] = []
+        for future in sorted(done, key=lambda future: (self._flying[future].term.place, self._flying[future].start)):
+            batch = self._flying.pop(future)
+            if future.cancelled():
+                if self._stopped is None:
+                    raise SimulationError("The executor cancelled what it was given: was it shut down, or its cluster? "
+                                          "Call again with a running one.")
+                continue
+            error = future.exception()
+            if error is None:
+                self._take(batch, future.result())
+            elif worker_died(error):
+                died.append((batch, error))
+            elif isinstance(error, BrokenExecutor):
+                raise SimulationError(f"The simulators of '{batch.term.label}' could not be sent to the workers: "
+                                      f"{error}") from error
+            else:
+                raise error
+        if died:
+            self._mourn(died)
+        if self.ledger is not None:
+            self.ledger.tick()
+
+    def _mourn(self, died: list[tuple[Batch, BaseException]]) -> None:
+        """Looks after batches whose worker died: tries them again, in the end one by one, to find which is to blame."""
+        if any(type(error).__name__ != "KilledWorker" for _, error in died):  # the pool broke: all in it is lost
+            died += [(batch, died[0][1]) for batch in self._flying.values()]
+            self._flying.clear()
+            if not self.workers.renewable:
+                raise SimulationError(
+                    f"The executor broke: {died[0][1]}. It was running {self._name(batch for batch, _ in died)}. Pass "
+                    "a function that makes an executor, and a broken one is replaced and the row to blame found."
+                ) from died[0][1]
+            self.workers.renew()
+        guilty = len(died) == 1
+        for batch, error in sorted(died, key=lambda pair: (pair[0].term.place, pair[0].start), reverse=True):
+            was_alone = batch.alone and guilty
+            batch.deaths += 1
+            if not was_alone:
+                self._again.append(batch) if batch.alone else self._again.appendleft(batch)
+            elif len(batch) > 1:
+                self._again.extend(batch.halves())
+            else:
+                self._quarantine(batch, error)
+
+    def _quarantine(self, batch: Batch, error: BaseException) -> None:
+        if batch.replay:
+            raise SimulationError(f"A worker died {batch.deaths} times while it ran {self._name([batch])} again, which "
+                                  "it had finished before.") from error
+        levels = len(batch.term.levels)
+        outcome = Outcome([None] * levels, np.zeros(1, np.uint8), np.ones((1, levels), np.int64),
+                          np.zeros((1, levels)), {})
+        outcome.fail(0, "worker died", f"The worker process died {batch.deaths} times while it ran this row, the last "
+                                       f"time alone: {type(error).__name__}: {error}")
+        self._take(batch, outcome)
+
+    def _take(self, batch: Batch, outcome: Outcome) -> None:
+        """Keeps a batch, or splits one of which it is not known which row failed."""
+        term = batch.term
+        if batch.replay:
+            self._compare(batch, outcome)
+            return
+        if outcome.whole:
+            batch.lost_runs += 1
+            batch.lost_seconds = batch.lost_seconds + outcome.seconds.mean(0)
+            self._check_shape_of_probe(batch, outcome)
+            self._again.extendleft(reversed(batch.halves()))
+            return
+        self._check_shape_of_probe(batch, outcome)
+        levels = len(term.levels)
+        known = [output for output in outcome.outputs if output is not None]
+        shape = known[0].shape[1:] if known else self.shape
+        if len(known) < levels and (outcome.status == OK).any():
+            raise RuntimeError("A finished row lacks an output.")
+        dtypes = [output.dtype if output is not None else term.dtypes[place]
+                  for place, output in enumerate(outcome.outputs)]
+        outputs: tuple[Any, ...] = ()
+        if shape is not None and all(dtype is not None for dtype in dtypes):
+            outputs = tuple(
+                output if output is not None
+                else np.full((len(batch), *shape), np.nan if dtype.kind == "f" else 0, dtype)
+                for output, dtype in zip(outcome.outputs, dtypes, strict=True)
+            )
+        records = Records(
+            np.arange(batch.start, batch.stop), batch.theta, outputs, outcome.status,
+            outcome.runs + batch.lost_runs, outcome.seconds + batch.lost_seconds, outcome.messages, batch.seeds,
+        )  # fmt: skip
+        if self.ledger is not None:
+            self.ledger.add(term.stream, records)
+        term.put(records)
+        if self.shape is None and (outcome.status == OK).any():
+            self.shape = shape
+        self._fit_batch(batch, float(records.seconds.sum()))
+        self.progress.advance(term.place, len(batch), float(records.seconds.sum()), width=self.workers.width)
+        failed = len(outcome.messages)
+        if failed:
+            self._fail(term, failed, outcome.error)
+
+    def _check_shape_of_probe(self, batch: Batch, outcome: Outcome) -> None:
+        """A wrong shape in a term's first rows is the simulator's, not the row's."""
+        wrong = np.flatnonzero(outcome.status == STATUSES.index("wrong shape"))
+        if len(wrong) and not batch.term.finished:
+            raise ValueError(outcome.messages[int(wrong[0])])
+        known = next((output for output in outcome.outputs if output is not None), None)
+        if known is not None and self.shape is not None and known.shape[1:] != self.shape:
+            raise ValueError(f"Expected every level to return rows of one shape, {self.shape}; level "
+                             f"'{batch.term.levels[0].name}' returned {known.shape[1:]}. Map its output to the "
+                             "others'.")
+
+    def _fail(self, term: Term, failed: int, error: BaseException | None) -> None:
+        if self.on_failure == "raise":
+            self._stopped = self._stopped or self.refuse(term, error)
+            for future in self._flying:
+                future.cancel()
+            return
+        if not term.finished and term.done >= min(_ALL_FAILED, term.n):
+            raise SimulationError(f"Every one of the first {term.done} rows of level '{term.label}' failed. Check the "
+                                  f"simulator over the whole prior. {self._sentences(term)}", self._messages(term))
+        if self.on_failure == "redraw":
+            if len(term.status) + failed > _MOST_REDRAWN * term.n + 100:
+                raise SimulationError(
+                    f"Only {term.finished} of {term.done} rows of '{term.label}' were finished: redrawing the failed "
+                    f"ones would take many times the {term.n} rows asked for. Narrow the prior to where simulations "
+                    f"succeed, or mend the simulator. {self._sentences(term)}", self._messages(term))
+            term.extend(failed)
+            self.progress.extend(term.place, failed)
+
+    def refuse(self, term: Term, error: BaseException | None = None, *, before: str = "") -> SimulationError:
+        """The error that ends a campaign because rows of a term failed."""
+        refusal = SimulationError(
+            f"{len(term.failures)} of {term.done} rows run of '{term.label}' failed{before}. {self._sentences(term)}\n"
+            "What was finished is kept in the store, or without one as this error's `data`, for `reuse=`. Mend the "
+            "simulator, or go on without such rows by on_failure=\"drop\" (fewer rows) or \"redraw\" (others in their "
+            "place); either restricts the prior to where simulations succeed.", self._messages(term))
+        refusal.__cause__ = error
+        return refusal
+
+    def _messages(self, term: Term) -> list[str]:
+        return [f"row {row}: {status}: {message}" for row, (status, message) in sorted(term.failures.items())]
+
+    def _sentences(self, term: Term) -> str:
+        rows = sorted(term.failures)[:_FAILURES_KEPT]
+        told = []
+        for row in rows:
+            theta, noise = term.source.rows(row, row + 1)
+            seeds = _seeds_of(noise)
+            seed = "" if seeds is None else f", seed {seeds[0]}"
+            told.append(f"Row {row} ({self.describe(theta[0])}{seed}): {': '.join(term.failures[row]).rstrip('.')}.")
+        if len(term.failures) > len(rows):
+            told.append(f"And {len(term.failures) - len(rows)} more.")
+        return " ".join(told)
+
+    def _name(self, batches: Iterable[Batch]) -> str:
+        return ", ".join(f"rows {batch.start} to {batch.stop - 1} of '{batch.term.label}'" for batch in batches)
+
+    def _compare(self, batch: Batch, outcome: Outcome) -> None:
+        term, row = batch.term, batch.start - batch.term.first
+        if self.ledger is not None:
+            runs, seconds = np.zeros((1, len(term.levels)), np.int64), np.zeros((1, len(term.levels)))
+            runs[:, batch.replay], seconds[:, batch.replay] = outcome.runs, outcome.seconds
+            self.ledger.add_replay(term.stream, np.array([batch.start]), runs, seconds)
+        term.runs[list(batch.replay)] += outcome.runs[0]
+        term.seconds[list(batch.replay)] += outcome.seconds[0]
+        for place, output in zip(batch.replay, outcome.outputs, strict=True):
+            first = term.outputs[place][row]
+            again = None if output is None else torch.from_numpy(output[0]).to(first.dtype)
+            # A row run alone may round otherwise than in a batch, by a few units of its largest output's last place.
+            largest = float(first.abs().max()) if first.numel() else 0.0
+            if again is None or not torch.allclose(first, again, rtol=1e-5, atol=1e-5 * largest):
+                raise ValueError(
+                    f"Level '{term.levels[place].name}' is not deterministic: the same theta and noise gave two "
+                    "different outputs, in a batch and alone. Draw all randomness from `noise` (or seed from it), and "
+                    "let no row depend on another."
+                )
+
+    def _keep_what_is_done(self) -> None:
+        """Takes what came back in the meantime, for a campaign that is being left."""
+        for future, batch in list(self._flying.items()):
+            if future.done() and not future.cancelled() and future.exception() is None and not batch.replay:
+                del self._flying[future]
+                outcome = future.result()
+                if not outcome.whole:
+                    self._stopped = self._stopped or SimulationError("left")
+                    self._take(batch, outcome)
+
+    def _first_batch(self, term: Term) -> int:
+        rows = sum(stop - start for start, stop in term.missing)
+        probed = float(term.seconds.sum()) / max(int(term.runs[-1]), 1)  # seconds a row, call overhead included
+        if probed * _PROBED < 0.02:  # a call costs little: vectorised
+            return max(1, min(_LARGEST_BATCH, math.ceil(rows / (4 * self.workers.width - 3))))
+        return max(1, min(BLOCK, int(_BATCH_SECONDS / probed)))
+
+    def _fit_batch(self, batch: Batch, seconds: float) -> None:
+        term = batch.term
+        if self.batch_size is not None or not term.batch or len(batch) < term.batch:
+            return
+        if seconds < _BATCH_SECONDS / 4:
+            term.batch = min(2 * term.batch, _LARGEST_BATCH)
+        elif seconds > 4 * _BATCH_SECONDS:
+            term.batch = max(1, term.batch // 2)
+
+
+def cut_missing(done: Any, first: int) -> deque[tuple[int, int]]:
+    """Ranges of rows that are not done.
+
+    Example:
+        >>> list(cut_missing(np.array([True, False, False, True, False]), 10))
+        [(11, 13), (14, 15)]
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], ~np.asarray(done), [0]]).astype(np.int8)))
+    return deque((first + int(start), first + int(stop)) for start, stop in edges.reshape(-1, 2))
+
+
+def _float_of(array: Any) -> torch.dtype:
+    return torch.from_numpy(array[:0]).dtype if array.dtype.kind == "f" else torch.get_default_dtype()
+
+
+def _seeds_of(noise: Any) -> Any:
+    """The rows' seeds, where noise is one per row."""
+    return noise.numpy() if isinstance(noise, Tensor) and noise.dtype == torch.int64 and noise.ndim == 1 else None
+
+
+def _longer(tensor: Tensor | None, rows: int) -> Tensor:
+    if tensor is None:
+        raise ValueError("Expected rows.")
+    return torch.cat([tensor, torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype)])
