@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from mlsbi.inference.posteriors import DirectPosterior
     from mlsbi.levels import Level, LevelStack
     from mlsbi.priors import BoxPrior
-    from mlsbi.simulation.adapters import command, per_sample
+    from mlsbi.simulation.adapters import per_sample
     from mlsbi.simulation.campaign import simulate
+    from mlsbi.simulation.exporting import export_store
+    from mlsbi.simulation.merging import merge_stores
+    from mlsbi.simulation.programs import command
     from mlsbi.simulation.scheduling import SimulationError
     from mlsbi.simulation.shards import StoreError
     from mlsbi.simulation.store import Store, open_store
@@ -57,9 +60,11 @@ _HOMES = {
     "Level": "levels",
     "LevelStack": "levels",
     "BoxPrior": "priors",
-    "command": "simulation.adapters",
+    "command": "simulation.programs",
     "per_sample": "simulation.adapters",
     "simulate": "simulation.campaign",
+    "export_store": "simulation.exporting",
+    "merge_stores": "simulation.merging",
     "SimulationError": "simulation.scheduling",
     "Store": "simulation.store",
     "StoreError": "simulation.shards",
@@ -75,7 +80,8 @@ __all__ = [  # noqa: PLE0604
     "MAF", "MDN", "NLE", "NPE", "NSF", "Allocation", "BoxPrior", "CNNEmbedding", "DirectPosterior", "Level",
     "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData",
     "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel", "Store", "StoreError", "TrainingOptions",
-    "TransferLearning", "command", "diagnostics", "load", "open_store", "optimal_allocation", "per_sample", "pilot",
+    "TransferLearning", "command", "diagnostics", "export_store", "load",
+    "merge_stores", "open_store", "optimal_allocation", "per_sample", "pilot",
     "plots", "simulate", "tasks",
 ]
 

@@ -24,8 +24,9 @@ FLOORS = [
 # Within a folder a file imports only from files listed before it.
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
-    "simulation": ["records", "seeding", "adapters", "fingerprint", "executors", "locking", "shards", "store",
-                   "merging", "exporting", "opening", "execution", "progress", "scheduling", "campaign", "sets"],
+    "simulation": ["records", "seeding", "adapters", "programs", "sources", "fingerprint", "executors", "locking",
+                   "shards", "store", "merging", "exporting", "opening", "execution", "progress", "terms",
+                   "scheduling", "running", "campaign", "sets"],
     "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
                 "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],
@@ -36,7 +37,8 @@ ORDER = {
                   "likelihoods", "saving", "estimator", "npe", "nle", "loading"],
     "diagnostics": ["arrays", "metrics", "calibration", "tarp", "two_sample", "predictive"],
     "tasks": ["task", "ou", "camels", "g_and_k", "registry"],
-    "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior"],
+    "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior",
+              "failures"],
     "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],
     "cli": ["targets", "requests", "folders", "running", "status", "main"],
 }

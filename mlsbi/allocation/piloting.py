@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,8 @@ from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.priors import Unbounded
 from mlsbi.randomness import check_device, child_seed
-from mlsbi.simulation.campaign import JointRows, RunOptions, simulate_joint
+from mlsbi.simulation.campaign import JointRows, simulate_joint
+from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.simulation.seeding import JOINT_STREAM
 from mlsbi.simulation.store import Store
@@ -107,6 +108,30 @@ class PilotReport:
             "kurtosis": self.kurtosis,
             "consistency": [math.nan, *self.consistency],
         })
+
+    def with_costs(self, costs: Sequence[float]) -> PilotReport:
+        r"""The same report at other costs of a run, such as those that a store measured over a whole campaign.
+
+        A pair then costs the sum of its runs.
+
+        Args:
+            costs: Seconds (or any other unit) that one run of each level takes, shape `(L + 1,)`.
+
+        Raises:
+            ValueError: If they are not positive, finite numbers, one per level.
+
+        Example:
+            >>> from mlsbi import tasks
+            >>> report = pilot(tasks.get("ou").stack, 16, seed=0, progress=False)
+            >>> report.with_costs([0.5, 7.0]).pair_costs
+            (0.5, 7.5)
+        """
+        own = tuple(float(cost) for cost in costs)
+        if len(own) != len(self.names) or not all(math.isfinite(cost) and cost > 0 for cost in own):
+            raise ValueError(f"Expected a positive, finite cost for each of the levels {list(self.names)}; got "
+                             f"{list(own)}. A store measures a level's cost once it has run it.")
+        spent = sum(runs * cost for runs, cost in zip(self.data.runs, own, strict=True))
+        return replace(self, costs=own, pair_costs=sum_pair_costs(own), cost_unit="seconds", spent=spent)
 
     def __str__(self) -> str:
         with pd.option_context("display.width", 200, "display.max_columns", 20):

@@ -1,4 +1,4 @@
-r"""`mlsbi tasks | plan | run | report`."""
+r"""`mlsbi tasks | plan | run | status | report`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder; "
                      "its simulations are used again where they fit")
     run.set_defaults(function=_run)
+
+    status = commands.add_parser("status", help="say what a store or a run's folder holds, what failed, how to go on")
+    status.add_argument("folder", type=Path, help="a store, or the folder of a run")
+    status.add_argument("--map", type=Path, metavar="FILE", help="draw where in the prior simulations fail: FILE.png")
+    status.set_defaults(function=_status)
 
     report = commands.add_parser("report", help="draw the figures and report.html of a finished run again")
     report.add_argument("folder", type=Path)
@@ -189,6 +194,14 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     for sentence in results["verdict"]:
         print(f"- {sentence}")
     print(f"\nReport: {out / 'report.html'}\nData, models, figures and results.json: {out}")
+
+
+def _status(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi.cli.status import describe, draw_map
+
+    print(describe(options.folder))
+    if options.map is not None:
+        print(f"\n{draw_map(options.folder, options.map)}")
 
 
 def _report(options: argparse.Namespace, given: Sequence[str]) -> None:

@@ -38,7 +38,8 @@ from mlsbi.randomness import child_seed
 from mlsbi.report.checking import check_likelihood, check_posterior, compare, verdict
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
-from mlsbi.simulation.campaign import RunOptions, simulate
+from mlsbi.simulation.campaign import simulate
+from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.seeding import TEST_STREAM, RowSource
 from mlsbi.strategies.registry import strategy_to_config
 from mlsbi.training.loop import TrainingError
@@ -114,7 +115,8 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         "cost_unit": "as declared" if target.level_costs else "seconds",
         "spent": _spent(target, report, data, test_rows * m + (len(judged.theta) if judged else 0)),
         "reference": exact_chain,
-        "files": {"data": "data.npz", "reference": "reference_samples.csv" if exact is not None else None},
+        "files": {"data": "data.npz", "store": None if target.stack is None else STORE,
+                  "reference": "reference_samples.csv" if exact is not None else None},
     }
     if exact is not None:
         exact.to_csv(out / "reference_samples.csv", index=False)
@@ -318,7 +320,7 @@ def _asked(
         "embedding": embedding if isinstance(embedding, dict) else None, "x_transform": estimator.x_transform,
         "training": asdict(request.training), "budget": request.budget, "n": n_asked, "seed": request.seed,
         "device": request.device, "ensemble": request.ensemble, "observations": m,
-        "parameters": list(parameter_names(target.prior)),
+        "on_failure": request.on_failure, "parameters": list(parameter_names(target.prior)),
     }
 
 

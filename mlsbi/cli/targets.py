@@ -13,7 +13,8 @@ from mlsbi import tasks
 from mlsbi.data import MultilevelData
 from mlsbi.levels import LevelStack
 from mlsbi.loading import load_stack
-from mlsbi.simulation.campaign import RunOptions, simulate_level
+from mlsbi.simulation.campaign import simulate_level
+from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
 from mlsbi.tasks.task import Likelihood, Reference

@@ -30,7 +30,10 @@ from mlsbi.priors import sample_prior
 from mlsbi.randomness import child_seed
 from mlsbi.tasks.task import Likelihood, Reference
 
-__all__ = ["ALARM", "CREDIBILITY", "Posterior", "check_likelihood", "check_posterior", "compare", "verdict"]
+__all__ = [
+    "ALARM", "CREDIBILITY", "Posterior", "check_likelihood", "check_posterior", "compare", "lost_rows", "verdict",
+    "worst_level",
+]  # fmt: skip
 
 CREDIBILITY = (0.5, 0.8, 0.9, 0.95)
 ALARM = 0.01
@@ -224,11 +227,34 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     reference = results.get("reference")
     if reference is not None and reference["warning"]:
         sentences.append(f"The exact posterior it is drawn with is uncertain itself: {reference['warning']}")
-    lost = sum(results["spent"]["failures"])
-    if lost:
-        sentences.append(f"{lost} rows had NaN or infinite output and were left out with their twins, which truncates "
-                         "the prior to where simulations succeed.")
-    return sentences
+    return [*sentences, *lost_rows(results)]
+
+
+def lost_rows(results: Mapping[str, Any]) -> list[str]:
+    """How many rows of which level failed, what was done about it and what it means; nothing where none failed.
+
+    Args:
+        results: The content of `results.json`: `spent`, `levels`, and `asked` with `on_failure`, which older ones lack.
+
+    Returns:
+        One sentence, or none.
+    """
+    spent = results["spent"]
+    told = [f"{lost:,} of {n + lost:,} rows ({100 * lost / (n + lost):.2g}%) of level '{level['name']}'"
+            for level, n, lost in zip(results["levels"], spent["n"], spent["failures"], strict=True) if lost]
+    if not told:
+        return []
+    done = "left out with their twins"
+    if (results.get("asked") or {}).get("on_failure") == "redraw":
+        done = "replaced by others, with their twins"
+    return [f"{', '.join(told)} failed and were {done}: what is learned holds for the part of the prior where "
+            "simulations succeed."]
+
+
+def worst_level(results: Mapping[str, Any]) -> int | None:
+    """The level with most failed rows, the cheapest of several; `None` where no row failed, or it is not known."""
+    lost = (results.get("spent") or {}).get("failures") or [0]
+    return lost.index(max(lost)) if max(lost) else None
 
 
 def _failures(records: Sequence[Mapping[str, Any]]) -> list[str]:

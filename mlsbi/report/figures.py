@@ -2,6 +2,7 @@ r"""The figures of a run, drawn from what it saved."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from matplotlib.figure import Figure
 from mlsbi import plots
 from mlsbi.data import MultilevelData
 from mlsbi.inference.saving import read_model
+from mlsbi.plots.failures import read_tries
+from mlsbi.report.checking import worst_level
 from mlsbi.report.html import read_results
 from mlsbi.report.wording import Record, part, unit_of
+from mlsbi.simulation.store import StoreError, open_store
 from mlsbi.training.loop import History
 
 __all__ = ["draw_figures"]
@@ -26,10 +30,11 @@ def draw_figures(folder: Path) -> list[Path]:
 
     Of one strategy they are `coupled`, `pilot`, `plan`, `losses`, `posterior`, `coverage` and `ranks`. Of several,
     `quality`, `coverage` and `posterior` show all; `losses-NAME` and `ranks-NAME` are about one, and so is
-    `posterior-NAME` of the best.
+    `posterior-NAME` of the best. Where rows failed, `failures` maps those of the level that lost most; without a store
+    that can be read there is no such figure, which the report then says.
 
     Args:
-        folder: Folder of a run, with `results.json`, `data.npz`, and a folder of each strategy.
+        folder: Folder of a run, with `results.json`, `data.npz`, a folder of each strategy, and the store.
 
     Returns:
         The files written.
@@ -53,9 +58,11 @@ def draw_figures(folder: Path) -> list[Path]:
     done = [record for record in results["strategies"] if not record["error"]]
     several = len(results["strategies"]) > 1
     levels: dict[str, Any] = {}
+    box: dict[str, Any] | None = None
     for record in done:
         tail = f"-{record['name']}" if several else ""
         model, _ = read_model(folder / record["files"]["model"])
+        box = model["prior"]  # of every strategy the same
         histories = [History(**history) for history in model["histories"]]
         figures[f"losses{tail}"] = plots.losses(histories, names=list(data.names))
         if record["checks"] is not None:
@@ -68,12 +75,13 @@ def draw_figures(folder: Path) -> list[Path]:
         figures["quality"] = _quality(results, [record for record in done if record["checks"] is not None])
     drawn = [record for record in done if record["posterior"] is not None]
     if drawn:
-        box = model["prior"]  # of every strategy the same
         figures["posterior"] = _posterior(folder, results, drawn, box)
         best = part(results, "comparison").get("best")
         for record in drawn:
             if several and record["name"] == best:
                 figures[f"posterior-{best}"] = _posterior(folder, results, [record], box)
+    with contextlib.suppress(StoreError, OSError):
+        figures |= _failures(folder, results, box)
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     for old in target.glob("*.png"):
@@ -97,6 +105,18 @@ def _quality(results: Record, records: list[Record]) -> Figure:
         exact=None if exact is None else float(exact),
         unit=unit_of(results),
     )
+
+
+def _failures(folder: Path, results: Record, box: dict[str, Any] | None) -> dict[str, Figure]:
+    """The map of failed rows, where there are any and the run kept its simulations."""
+    level, store = worst_level(results), results["files"].get("store")
+    if level is None or store is None:
+        return {}
+    theta, failed = read_tries(open_store(folder / store), level)
+    if not failed.any():  # repaired since
+        return {}
+    ends = {} if box is None else {"low": box["low"], "high": box["high"]}
+    return {"failures": plots.failures(theta, failed, names=results["asked"]["parameters"], **ends)}
 
 
 def _posterior(folder: Path, results: Record, records: list[Record], box: dict[str, Any] | None) -> Figure:

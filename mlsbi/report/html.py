@@ -39,7 +39,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         sections.opening(results),
         sections.asked(results, figures),
         sections.plan(results, figures),
-        sections.spent(results),
+        sections.spent(results, figures),
         comparing.compared(results, figures),
         *strategies.described(results, figures),
         sections.reproduce(results),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlsbi.report.checking import lost_rows, worst_level
 from mlsbi.report.elements import (
     Cell,
     code,
@@ -150,19 +151,22 @@ def _pilot(pilot: Record | None, results: Record, figures: Path) -> list[str]:
     ]
 
 
-def spent(results: Record) -> str:
-    """Simulator runs that were made, and what the same cost buys on the finest level alone."""
+def spent(results: Record, figures: Path) -> str:
+    """Simulator runs that were made, what the same cost buys on the finest level alone, and what failed."""
     record = part(results, "spent")
     if not record:
         return section("What was spent", paragraph("The runs that were made were not recorded."))
     names = [str(level["name"]) for level in results.get("levels") or []] or list(map(str, range(len(record["n"]))))
-    header, columns = ["level", "rows", "simulator runs", "left out"], [names, record["n"], record["runs"]]
-    columns.append(record["failures"])
+    header, columns = ["level", "rows", "simulator runs"], [names, record["n"], record["runs"]]
+    if any(record["failures"]):
+        header += ["failed", "share that failed"]
+        columns += [record["failures"], [percent(lost / (rows + lost) if lost else 0.0) for rows, lost in
+                                         zip(record["n"], record["failures"], strict=True)]]
     if record.get("seconds"):
         header.append("seconds")
         columns.append([measured(value) for value in record["seconds"]])
     cost, alone = measured(record.get("cost")), measured(record.get("high_only_n"))
-    lost, further = sum(record["failures"]), record.get("test_runs") or 0
+    further = record.get("test_runs") or 0
     tested = any(one.get("checks") for one in results.get("strategies") or [])
     return section(
         "What was spent",
@@ -174,12 +178,35 @@ def spent(results: Record) -> str:
             f"{number(measured(record['test_cost']))} {unit_of(results)}, "
             f"{'served to test the posterior' if tested else 'made the observation'}; no budget counts "
             f"{'them' if further > 1 else 'it'}." if further else "",
-            f"{lost} rows were left out because an output was not finite." if lost else "",
+            "" if any(record["failures"]) else "No row failed.",
         ),
         table(header, [list(row) for row in zip(*columns, strict=True)],
               "Rows are what is trained on; a row above the cheapest level is a pair and takes a run of each level."
               if len(names) > 1 else ""),
+        *_failed(results, names, figures),
     )  # fmt: skip
+
+
+def _failed(results: Record, names: Sequence[str], figures: Path) -> list[str]:
+    """What failed rows mean, and where in the prior they are."""
+    worst, path = worst_level(results), figures / "failures.png"
+    if worst is None:
+        return []
+    several = len(part(results, "asked").get("parameters") or []) > 1
+    return [
+        subheading("Rows that failed"),
+        paragraph(
+            *lost_rows(results),
+            "A row fails if a simulator raises an error, runs out of time, gives NaN, infinite numbers or another "
+            "shape, or kills its worker; `mlsbi status`, given this folder, counts the reasons.",
+            "" if path.is_file() else "Where in the prior they are cannot be drawn: the run's store of simulations is "
+                                      "not here, or cannot be read.",
+        ),
+        figure(path, f"Every row in the run's store whose finest level is '{names[worst]}', test rows included. "
+               + ("Below the diagonal, rows that failed are red; on it is" if several else "Drawn is")
+               + " the share that fails along each parameter, and dashed that of all rows. Where nearly everything "
+               "fails, nothing was learned, and the posterior says nothing about such parameters."),
+    ]  # fmt: skip
 
 
 def reproduce(results: Record) -> str:

@@ -1,10 +1,8 @@
-r"""Campaigns: coupled rows of every level, from where an earlier campaign stopped, checked while they come in."""
+r"""Campaigns: coupled rows of every level, from where an earlier campaign stopped."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,20 +13,14 @@ from torch import Tensor
 
 from mlsbi.data import LevelData, MultilevelData, spread
 from mlsbi.levels import LevelStack
-from mlsbi.priors import check_theta, parameter_names
-from mlsbi.randomness import check_seed
-from mlsbi.simulation.executors import open_workers
-from mlsbi.simulation.opening import store_for
-from mlsbi.simulation.progress import Progress
-from mlsbi.simulation.records import OK, Stream
-from mlsbi.simulation.scheduling import MISSING, OnFailure, Runner, SimulationError, Source, Term, cut_missing
-from mlsbi.simulation.seeding import RowSource
+from mlsbi.priors import check_theta
+from mlsbi.simulation.records import OK
+from mlsbi.simulation.running import DROPPING, RunOptions, make_term, run_terms, warn_left_out
+from mlsbi.simulation.scheduling import OnFailure, SimulationError
 from mlsbi.simulation.store import Store
+from mlsbi.simulation.terms import MISSING, Term
 
-__all__ = [
-    "DROPPING", "JointRows", "Plan", "RunOptions", "SimulationError", "run_terms", "simulate", "simulate_joint",
-    "simulate_level", "warn_left_out",
-]  # fmt: skip
+__all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level"]
 
 
 class Plan(Protocol):
@@ -38,44 +30,6 @@ class Plan(Protocol):
     def n(self) -> Sequence[int]:
         """Rows per level, cheapest first."""
         ...
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    r"""How a campaign runs; none of it changes a number of what is simulated, except what failed rows do.
-
-    Args:
-        store: Folder that keeps every row, or an open `Store`; rows it has are not simulated again.
-        executor: A `concurrent.futures.Executor`, a function that makes one, or a `dask.distributed.Client`.
-        workers: Processes on this machine, when no executor is given.
-        batch_size: Rows a call; chosen from the simulators' speed when left out.
-        on_failure: `"raise"`, `"drop"` or `"redraw"`; see `simulate`.
-        retry_failed: Whether rows that failed in an earlier campaign are run again.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ValueError: If a choice is unknown or a number not positive.
-    """
-
-    store: Store | str | os.PathLike[str] | None = None
-    executor: Any = None
-    workers: int = 1
-    batch_size: int | None = None
-    on_failure: OnFailure = "raise"
-    retry_failed: bool = False
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.on_failure not in ("raise", "drop", "redraw"):
-            raise ValueError(f'Expected on_failure "raise", "drop" or "redraw"; got {self.on_failure!r}.')
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"Expected batch_size >= 1; got {self.batch_size}.")
-        if self.retry_failed and self.store is None:
-            raise ValueError("Expected a store beside retry_failed=True: without one no earlier campaign is known.")
-
-
-DROPPING = RunOptions(on_failure="drop")
-"""Serial, in memory, failed rows left out."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +123,9 @@ def simulate(
     _check_request(stack, n, reuse)
     lost = reuse.failures if reuse is not None else (0,) * len(stack)
     # New rows start behind as many as were made before: data of the same seed is extended, never repeated.
+    gaps = lost if on_failure == "drop" else (0,) * len(stack)
     terms = [
-        _term(stack, seed, level, slice(max(level - 1, 0), level + 1), n[level] - have[level],
+        make_term(stack, seed, level, slice(max(level - 1, 0), level + 1), max(n[level] - have[level] - gaps[level], 0),
               first=have[level] + lost[level], label=names[level])
         for level in range(len(stack))
     ]
@@ -211,7 +166,7 @@ def simulate_joint(
     """
     if n < 1:
         raise ValueError(f"Expected at least one row; got n={n}.")
-    term = _term(stack, seed, stream, levels, n)
+    term = make_term(stack, seed, stream, levels, n)
     run_terms(stack, [term], [tuple(range(len(term.levels) - 1)) if replay else ()], options)
     warn_left_out([term.label], [term.done], [len(term.failures)], options.on_failure)
     theta, outputs = term.finite_rows()
@@ -227,103 +182,6 @@ def simulate_level(
     index = range(len(stack))[level]
     joint = simulate_joint(stack, n, seed=seed, stream=stream, levels=slice(index, index + 1), options=options)
     return joint.theta, joint.outputs[0]
-
-
-def run_terms(
-    stack: LevelStack, terms: Sequence[Term], replays: Sequence[tuple[int, ...]], options: RunOptions, *,
-    shape: tuple[int, ...] | None = None,
-) -> None:  # fmt: skip
-    r"""Sees to it that every row of some terms is run: taken from the store, or simulated and kept there.
-
-    Args:
-        stack: The stack that the terms are of.
-        terms: What is wanted; filled in.
-        replays: Which levels of each term, by place, are replayed.
-        options: How.
-        shape: Shape of one output, where it is known already.
-
-    Raises:
-        ValueError: As `simulate`.
-        SimulationError: As `simulate`.
-        StoreError: As `simulate`.
-    """
-    for place, term in enumerate(terms):
-        term.place, term.missing = place, cut_missing(np.zeros(term.n, bool), term.first)
-    with contextlib.ExitStack() as exits:
-        workers = exits.enter_context(open_workers(options.executor, options.workers))
-        kept = store_for(stack, options.store) if options.store is not None else None
-        writer = exits.enter_context(kept.writing()) if kept is not None else None
-        replayed = [False] * len(terms)
-        if kept is not None and writer is not None:
-            for term in terms:
-                writer.set_target(term.stream, term.first + term.n)
-            replayed = [_load(kept, term, options) for term in terms]
-        costs = None if stack.row_costs is None else [_row_cost(stack, term) for term in terms]
-        bars = exits.enter_context(Progress([term.label for term in terms], [len(term.status) for term in terms],
-                                            [term.done for term in terms], costs, show=options.progress))
-        known = shape or next((tuple(term.outputs[0].shape[1:]) for term in terms if term.finished), None)
-        runner = Runner(workers, writer, bars, options.batch_size, options.on_failure, known,
-                        describe=_describer(stack))
-        for term in terms:
-            if term.failures and options.on_failure == "raise":
-                raise runner.refuse(term, before=" in an earlier campaign, and were not run again for want of "
-                                                 "retry_failed=True")
-        missing = any(term.missing for term in terms)
-        unchecked = any(places and not done for places, done in zip(replays, replayed, strict=True))
-        if not missing and not unchecked:
-            return
-        RowSource(stack, seed=terms[0].stream.seed, stream=terms[0].stream.number).check_noise()
-        runner.probe(terms)
-        runner.replay([(term, places) for term, places, done in zip(terms, replays, replayed, strict=True) if not done])
-        runner.finish(terms)
-
-
-def _term(
-    stack: LevelStack, seed: int, stream: int, levels: slice, n: int, *, first: int = 0, label: str = "",
-    source: Source | None = None,
-) -> Term:  # fmt: skip
-    chosen = tuple(range(len(stack)))[levels]
-    return Term(
-        levels=[stack.levels[level] for level in chosen], stream=Stream(check_seed(seed), stream, chosen),
-        source=source or RowSource(stack, seed=seed, stream=stream), n=n, first=first,
-        label=label or ", ".join(stack.names[level] for level in chosen),
-    )  # fmt: skip
-
-
-def _load(store: Store, term: Term, options: RunOptions) -> bool:
-    """Fills a term with the rows a store has; whether its levels were replayed before."""
-    loaded = term.first
-    while loaded < term.stop:
-        for records in store.read(term.stream, loaded, term.stop, failed=True):
-            term.put(records)
-        loaded = term.stop
-        if options.on_failure == "redraw" and not options.retry_failed:
-            term.extend(term.n + len(term.failures) - len(term.status))
-    if options.retry_failed:
-        for row in term.failures:
-            term.status[row - term.first] = MISSING
-        term.failures.clear()
-    term.missing = cut_missing(term.status != MISSING, term.first)
-    runs, seconds = store.replays(term.stream)
-    term.runs += runs
-    term.seconds += seconds
-    return bool(runs.sum())
-
-
-def _row_cost(stack: LevelStack, term: Term) -> float:
-    chosen = term.stream.levels
-    if stack.row_costs is not None and len(chosen) == 2 and term.stream.number < len(stack):
-        return stack.row_costs[chosen[-1]]
-    return sum(stack.levels[level].cost or 0.0 for level in chosen)
-
-
-def _describer(stack: LevelStack) -> Any:
-    names = parameter_names(stack.prior)
-
-    def describe(theta: Tensor) -> str:
-        return ", ".join(f"{name} = {value:.6g}" for name, value in zip(names, theta.tolist(), strict=True))
-
-    return describe
 
 
 def _assemble(
@@ -379,15 +237,3 @@ def _known_shape(reuse: MultilevelData | None) -> tuple[int, ...] | None:
     if reuse is None:
         return None
     return next((tuple(level.fine.shape[1:]) for level in reuse.levels if len(level)), None)
-
-
-def warn_left_out(
-    labels: Sequence[str], run: Sequence[int], failed: Sequence[int], on_failure: OnFailure = "drop"
-) -> None:
-    """Warns about rows that failed among those run, if there are any, and what it means."""
-    if any(failed):
-        what = ", ".join(f"{lost} of {total} at level '{label}' ({lost / total:.1%})"
-                         for label, total, lost in zip(labels, run, failed, strict=True) if lost)
-        done = "Left out rows that failed" if on_failure == "drop" else "Replaced rows that failed"
-        warnings.warn(f"{done}, with their twins: {what}. What is learned holds for the part of the prior where "
-                      "simulations succeed.", stacklevel=3)

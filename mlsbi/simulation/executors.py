@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["SerialExecutor", "Workers", "open_workers", "worker_died"]
 
 _UNKNOWN_WIDTH = 8
 _WIDTH_AGE = 5.0  # seconds after which a cluster is asked again how many workers it has
+_PARENT_AGE = 1.0  # seconds after which a worker looks again whether its campaign still lives
 
 
 class SerialExecutor(Executor):
@@ -77,7 +81,7 @@ class Workers:
         # Loky can kill its workers, the standard library cancel what has not begun; Dask's cancels everything.
         for options in ({"kill_workers": True}, {"cancel_futures": True}, {}):
             with contextlib.suppress(TypeError):
-                pool.shutdown(wait=False, **options)
+                pool.shutdown(wait="kill_workers" in options, **options)  # killed ones are soon waited for
                 return
 
     def close(self) -> None:
@@ -135,7 +139,21 @@ def _workers_of(executor: Any, workers: int) -> Workers:
 def _loky(workers: int) -> Executor:
     from loky import ProcessPoolExecutor
 
-    return ProcessPoolExecutor(max_workers=workers)
+    return ProcessPoolExecutor(max_workers=workers, initializer=_end_with, initargs=(os.getpid(),))
+
+
+def _end_with(parent: int) -> None:
+    """Has a worker end when its campaign was killed: nothing else would tell it, and it would wait for ever."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    from loky.backend.utils import kill_process_tree
+
+    while os.getppid() == parent:
+        time.sleep(_PARENT_AGE)
+    # Programs that it runs go first; loky wants something like a process.
+    kill_process_tree(SimpleNamespace(pid=os.getpid(), kill=lambda: os._exit(1), join=lambda: os._exit(1)))
 
 
 def _width_of(pool: Executor) -> int:

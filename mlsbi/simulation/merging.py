@@ -67,8 +67,8 @@ def _check_equal_rows(store: Store, source: Store, stream: Stream, new: Sequence
             differing |= _differing(ours, theirs)
     if len(differing):
         raise StoreError(f"{source.path} and {store.path} hold different outputs for {len(differing)} rows of "
-                         f"{stream}: {list(differing)[:5]}. A simulator is not deterministic, or differs between the two places. "
-                         "Nothing was copied.")
+                         f"{stream}: {list(differing)[:5]}. A simulator is not deterministic, or differs between the "
+                         "two places. Nothing was copied.")
 
 
 def _differing(ours: Records, theirs: Records) -> Ranges:

@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlsbi.levels import Level, map_noise
+from mlsbi.levels import map_noise
 from mlsbi.simulation.execution import Expected, Outcome, run_levels
 from mlsbi.simulation.executors import Workers, worker_died
 from mlsbi.simulation.progress import Progress
 from mlsbi.simulation.records import OK, STATUSES, Records, Stream
 from mlsbi.simulation.seeding import BLOCK
+from mlsbi.simulation.terms import Batch, Term
 
-__all__ = [
-    "MISSING", "Batch", "Ledger", "OnFailure", "Runner", "SimulationError", "Source", "Term", "cut_missing",
-]  # fmt: skip
+__all__ = ["REPLAYED", "Ledger", "OnFailure", "Runner", "SimulationError"]
 
 OnFailure = Literal["raise", "drop", "redraw"]
 """What a failed row does: end the campaign, leave a gap, or have a further row run in its place."""
 
-MISSING = len(STATUSES)
-"""In place of a status, of rows not run."""
+REPLAYED = 2
+"""Rows of a level that are run again."""
 
 _PROBED = 2  # rows run before the bulk
 _LARGEST_BATCH = 16 * BLOCK  # rows; bounds the memory that noise takes
@@ -54,14 +53,6 @@ class SimulationError(RuntimeError):
         """The rows that were finished before, for `simulate(..., reuse=error.data)`; `None` where there are none."""
 
 
-class Source(Protocol):
-    """Where a stream's rows come from."""
-
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Any]:
-        """Theta and noise of rows `start:stop`."""
-        ...
-
-
 class Ledger(Protocol):
     """Where finished batches are kept, such as a store's writer."""
 
@@ -76,132 +67,6 @@ class Ledger(Protocol):
     def tick(self) -> None:
         """Is called now and then."""
         ...
-
-
-@dataclass
-class Term:
-    r"""One stream of rows on which the same levels are run, and what came back so far.
-
-    Args:
-        levels: The levels.
-        stream: Their stream.
-        source: Draws theta and noise.
-        n: Finished rows wanted; with gaps, rows wanted.
-        first: Row of the stream to begin with.
-        label: What progress and errors call it.
-    """
-
-    levels: Sequence[Level]
-    stream: Stream
-    source: Source
-    n: int
-    first: int = 0
-    label: str = ""
-    place: int = 0
-    status: Any = None
-    theta: Tensor | None = None
-    outputs: list[Tensor] = field(default_factory=list)
-    dtypes: list[Any] = field(default_factory=list)
-    failures: dict[int, tuple[str, str]] = field(default_factory=dict)  # row: status in words, message
-    missing: deque[tuple[int, int]] = field(default_factory=deque)
-    runs: Any = None
-    seconds: Any = None
-    batch: int = 0
-
-    def __post_init__(self) -> None:
-        self.label = self.label or self.levels[-1].name
-        self.status = np.full(self.n, MISSING, np.uint8)
-        self.runs, self.seconds = np.zeros(len(self.levels), np.int64), np.zeros(len(self.levels))
-        self.dtypes = [None] * len(self.levels)
-
-    @property
-    def stop(self) -> int:
-        """Row behind the last that is wanted."""
-        return self.first + len(self.status)
-
-    @property
-    def done(self) -> int:
-        """Rows run, failed ones included."""
-        return int((self.status != MISSING).sum())
-
-    @property
-    def finished(self) -> int:
-        """Rows that every level finished."""
-        return int((self.status == OK).sum())
-
-    def put(self, records: Records) -> None:
-        """Writes records in their places: joining batches later would take twice the memory."""
-        at: Any = records.index - self.first
-        at = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
-        self.status[at] = records.status
-        self.runs += records.runs.sum(0)
-        self.seconds += records.seconds.sum(0)
-        for row, message in records.messages.items():
-            self.failures[int(records.index[row])] = STATUSES[records.status[row]], message
-        if self.theta is None:
-            self.theta = torch.empty(len(self.status), records.theta.shape[1], dtype=_float_of(records.theta))
-        self.theta[at] = torch.from_numpy(records.theta)
-        if not records.outputs:
-            return
-        if not self.outputs:
-            self.dtypes = [output.dtype for output in records.outputs]
-            self.outputs = [torch.empty(len(self.status), *output.shape[1:], dtype=_float_of(output))
-                            for output in records.outputs]
-        for place, output in zip(self.outputs, records.outputs, strict=True):
-            place[at] = torch.from_numpy(output)
-
-    def extend(self, rows: int) -> None:
-        """Wants more rows, in place of failed ones."""
-        start = self.stop
-        self.status = np.concatenate([self.status, np.full(rows, MISSING, np.uint8)])
-        if self.missing and self.missing[-1][1] == start:
-            start = self.missing.pop()[0]
-        self.missing.append((start, self.stop))
-        room = 0 if self.theta is None else len(self.theta)
-        if 0 < room < len(self.status):
-            more = max(len(self.status) - room, room // 4)
-            self.theta = _longer(self.theta, more)
-            self.outputs = [_longer(output, more) for output in self.outputs]
-
-    def finite_rows(self, *, up_to: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Theta and outputs of finished rows, among the first `up_to`."""
-        kept = torch.from_numpy(self.status[:up_to] == OK)
-        theta = torch.empty(0, 0) if self.theta is None else self.theta[:len(kept)]
-        outputs = [output[:len(kept)] for output in self.outputs]
-        if kept.all():
-            return theta, outputs
-        return theta[kept], [output[kept] for output in outputs]
-
-
-@dataclass
-class Batch:
-    """Rows `start:stop` of a term that are run together; `replay` names the places of levels to run again."""
-
-    term: Term
-    start: int
-    stop: int
-    guard: bool = False
-    replay: tuple[int, ...] = ()
-    deaths: int = 0
-    lost_runs: int = 0  # runs a row has behind it that gave nothing
-    lost_seconds: Any = 0.0  # and their seconds, per row and level
-    theta: Any = None  # as sent
-    seeds: Any = None
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def alone(self) -> bool:
-        """Whether it must be the only one under way, so that it is clear of what a worker dies."""
-        return self.deaths >= _TRIES - 1
-
-    def halves(self) -> list[Batch]:
-        """Both halves, with the batch's past."""
-        middle = (self.start + self.stop) // 2
-        past = {"guard": self.guard, "deaths": self.deaths, "lost_runs": self.lost_runs,
-                "lost_seconds": self.lost_seconds}
-        return [Batch(self.term, self.start, middle, **past), Batch(self.term, middle, self.stop, **past)]
 
 
 @dataclass
@@ -238,11 +103,15 @@ class Runner:
             self._work(iter([self._cut(term, _PROBED, guard=True) for term in waiting]))
             waiting = [term for term in waiting if term.missing and not term.finished]
 
-    def replay(self, wanted: Sequence[tuple[Term, tuple[int, ...]]]) -> None:
-        """Runs levels of terms again at their first finished rows and compares: a level must be deterministic."""
+    def replay(self, wanted: Sequence[tuple[Term, tuple[int, ...], int]]) -> None:
+        """Runs levels of terms again at their first finished rows and compares: a level must be deterministic.
+
+        Args:
+            wanted: Terms, the places of the levels, and how many rows were replayed before.
+        """
         batches = []
-        for term, places in wanted:
-            rows = term.first + np.flatnonzero(term.status == OK)[:_PROBED]
+        for term, places, done in wanted:
+            rows = term.first + np.flatnonzero(term.status == OK)[:max(REPLAYED - done, 0)]
             # One row at a time and backwards: what depends on the rest of a batch, or on calls before, shows too.
             batches += [Batch(term, row, row + 1, replay=places) for row in rows[::-1].tolist() if places]
         self._work(iter(batches))
@@ -291,9 +160,9 @@ class Runner:
             raise
 
     def _has_room(self) -> bool:
-        if any(batch.alone for batch in self._flying.values()):
+        if any(_is_alone(batch) for batch in self._flying.values()):
             return False
-        if self._again and self._again[0].alone:
+        if self._again and _is_alone(self._again[0]):
             return not self._flying
         return len(self._flying) < (1 if self.workers.serial else 2 * self.workers.width)
 
@@ -331,11 +200,11 @@ class Runner:
                 self._take(batch, future.result())
             elif worker_died(error):
                 died.append((batch, error))
-            elif isinstance(error, BrokenExecutor):
-                raise SimulationError(f"The simulators of '{batch.term.label}' could not be sent to the workers: "
-                                      f"{error}") from error
+            elif isinstance(error, ValueError):
+                raise error  # of a level that does not keep its contract
             else:
-                raise error
+                raise SimulationError(f"The executor could not run {self._name([batch])}: {type(error).__name__}: "
+                                      f"{error} Can the simulators be pickled?") from error
         if died:
             self._mourn(died)
         if self.ledger is not None:
@@ -354,10 +223,10 @@ class Runner:
             self.workers.renew()
         guilty = len(died) == 1
         for batch, error in sorted(died, key=lambda pair: (pair[0].term.place, pair[0].start), reverse=True):
-            was_alone = batch.alone and guilty
+            was_alone = _is_alone(batch) and guilty
             batch.deaths += 1
             if not was_alone:
-                self._again.append(batch) if batch.alone else self._again.appendleft(batch)
+                self._again.append(batch) if _is_alone(batch) else self._again.appendleft(batch)
             elif len(batch) > 1:
                 self._again.extend(batch.halves())
             else:
@@ -520,27 +389,11 @@ class Runner:
             term.batch = max(1, term.batch // 2)
 
 
-def cut_missing(done: Any, first: int) -> deque[tuple[int, int]]:
-    """Ranges of rows that are not done.
-
-    Example:
-        >>> list(cut_missing(np.array([True, False, False, True, False]), 10))
-        [(11, 13), (14, 15)]
-    """
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], ~np.asarray(done), [0]]).astype(np.int8)))
-    return deque((first + int(start), first + int(stop)) for start, stop in edges.reshape(-1, 2))
-
-
-def _float_of(array: Any) -> torch.dtype:
-    return torch.from_numpy(array[:0]).dtype if array.dtype.kind == "f" else torch.get_default_dtype()
+def _is_alone(batch: Batch) -> bool:
+    """Whether it must be the only one under way, so that it is clear of what a worker dies."""
+    return batch.deaths >= _TRIES - 1
 
 
 def _seeds_of(noise: Any) -> Any:
     """The rows' seeds, where noise is one per row."""
     return noise.numpy() if isinstance(noise, Tensor) and noise.dtype == torch.int64 and noise.ndim == 1 else None
-
-
-def _longer(tensor: Tensor | None, rows: int) -> Tensor:
-    if tensor is None:
-        raise ValueError("Expected rows.")
-    return torch.cat([tensor, torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype)])

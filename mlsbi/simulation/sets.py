@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mlsbi.levels import LevelStack
-from mlsbi.randomness import check_seed
-from mlsbi.simulation.campaign import DROPPING, RunOptions, run_terms, warn_left_out
-from mlsbi.simulation.records import OK, Stream
-from mlsbi.simulation.scheduling import SimulationError, Term
+from mlsbi.simulation.records import OK
+from mlsbi.simulation.running import DROPPING, RunOptions, make_term, run_terms, warn_left_out
+from mlsbi.simulation.scheduling import SimulationError
 from mlsbi.simulation.seeding import SET_STREAM, RowSource
 
 __all__ = ["simulate_sets"]
@@ -62,8 +61,7 @@ def simulate_sets(
     number = stream if m == 1 else SET_STREAM * m + stream
     thetas, noises = (RowSource(stack, seed=seed, stream=stream) for _ in range(2))
     source = _SetSource(thetas, noises, m)
-    term = Term([stack.levels[index]], Stream(check_seed(seed), number, (index,)), source, n * m,
-                label=stack.levels[index].name)
+    term = make_term(stack, seed, number, slice(index, index + 1), n * m, source=source)
     run_terms(stack, [term], [()], options)
     whole = torch.from_numpy((term.status == OK).reshape(n, m).all(1))
     name = stack.levels[index].name

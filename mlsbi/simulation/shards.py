@@ -23,8 +23,8 @@ from mlsbi.simulation.records import OK, STATUSES, Records, Stream
 
 __all__ = [
     "LARGEST", "TEMPORARY", "DamagedShardError", "Ranges", "Replay", "Shard", "StoreError", "Tries", "belongs",
-    "encode", "join", "order", "parse_name", "read_bytes", "read_meta", "read_records", "read_tries", "split", "sync_folder",
-    "write_file",
+    "encode", "join", "order", "parse_name", "read_bytes", "read_meta", "read_records", "read_tries", "split",
+    "sync_folder", "write_file",
 ]  # fmt: skip
 
 LARGEST = 16 << 20

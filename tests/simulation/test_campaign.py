@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, simulate
-from mlsbi.simulation.campaign import SimulationError, simulate_joint, simulate_level
+from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, SimulationError, simulate
+from mlsbi.simulation.campaign import simulate_joint, simulate_level
 from mlsbi.simulation.seeding import BLOCK, TEST_STREAM, RowSource
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0])

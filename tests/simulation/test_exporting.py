@@ -45,7 +45,8 @@ def test_a_file_holds_what_the_store_does(tmp_path, store, suffix):
             assert np.array_equal(group["fine"][:], data.levels[level].fine.numpy())
         assert "coarse" not in file["level_0"]
         assert np.array_equal(file["level_1"]["coarse"][:], data.levels[1].coarse.numpy())
-        assert tuple(file.attrs["runs"]) == store.runs and list(file.attrs["parameters"]) == ["mu"]
+        assert tuple(file.attrs["runs"]) == store.runs
+        assert list(file.attrs["parameters"]) == ["mu"]
         assert json.loads(file.attrs["manifest"])["description"] == {"stack": "ä"}
         assert file["failures"]["index"][:].tolist() == [4]
         assert file["failures"]["message"].asstr()[0] == "schön kaputt"

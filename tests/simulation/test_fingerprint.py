@@ -20,8 +20,7 @@ import functools
 from dataclasses import dataclass
 import numpy as np
 import torch
-from mlsbi import BoxPrior, Level, LevelStack
-from mlsbi.simulation.adapters import command, per_sample
+from mlsbi import BoxPrior, Level, LevelStack, command, per_sample
 
 STEP = 0.5
 CALLS = 0

@@ -56,7 +56,9 @@ def test_merging_brings_everything_once(tmp_path):
     for _ in range(2):
         merge_stores(here, tmp_path / "b")
         now = open_store(here.path)
-        assert now.data().n == (3, 1) and now.runs == (3 + 1 + 1, 1) and now.replayed(LOW)
+        assert now.data().n == (3, 1)
+        assert now.runs == (3 + 1 + 1, 1)
+        assert now.replayed(LOW)
         assert now.targets == {LOW: 5, HIGH: 9}
         assert now.verify() == ()
     names = sorted(os.listdir(here.rows))
@@ -70,7 +72,9 @@ def test_merging_a_compacted_copy_counts_nothing_twice(tmp_path):
     there = fill(tmp_path / "b", *((LOW, make([row])) for row in range(7)))
     there.compact()
     merge_stores(here, there)
-    assert here.runs == (7, 0) and here.seconds == pytest.approx(there.seconds) and here.data().n == (7, 0)
+    assert here.runs == (7, 0)
+    assert here.seconds == pytest.approx(there.seconds)
+    assert here.data().n == (7, 0)
 
 
 def test_different_outputs_are_named_and_nothing_is_copied(tmp_path):
@@ -78,7 +82,8 @@ def test_different_outputs_are_named_and_nothing_is_copied(tmp_path):
     there = fill(tmp_path / "b", (HIGH, make([0], HIGH)), (LOW, make([3, 4, 20], shift=1e-9)))
     with pytest.raises(StoreError, match=r"different outputs for 2 rows .*\[\(3, 5\)\].*Nothing was copied"):
         merge_stores(here, there)
-    assert open_store(here.path).streams == (LOW,) and len(here.ok(LOW)) == 10
+    assert open_store(here.path).streams == (LOW,)
+    assert len(here.ok(LOW)) == 10
     same_again = fill(tmp_path / "c", (LOW, make([3, 4], seconds=9.0)))
     merge_stores(here, same_again)  # run twice, equal: both are paid
     assert here.runs == (12, 0)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mlsbi import BoxPrior, Level, LevelStack
-from mlsbi.simulation.campaign import SimulationError, simulate_level
+from mlsbi import BoxPrior, Level, LevelStack, SimulationError
+from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.sets import simulate_sets
 
 PRIOR = BoxPrior([0.0], [1.0])

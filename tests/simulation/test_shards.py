@@ -49,7 +49,8 @@ def test_ranges_are_sets(one, other):
     assert set((a | b).indices().tolist()) == one | other
     assert set((a - b).indices().tolist()) == one - other
     assert set((a & b).indices().tolist()) == one & other
-    assert (a | b) == Ranges.of(sorted(one | other)) and (a - b) == Ranges.of(sorted(one - other))
+    assert (a | b) == Ranges.of(sorted(one | other))
+    assert (a - b) == Ranges.of(sorted(one - other))
     everything = np.arange(40)
     assert np.flatnonzero(a.holds(everything)).tolist() == sorted(one)
     assert a.rank(everything).tolist() == [sum(i < j for i in one) for j in range(40)]
@@ -64,12 +65,14 @@ def test_records_come_back_as_they_were(tmp_path, dtype, shape):
     shard = read_meta(path)
     back = read_records(path, shard)
     assert (shard.stream, shard.records, list(shard.ok)) == (STREAM, 3, [(3, 5), (9, 10)])
-    assert shard.runs == (3, 3) and shard.seconds == (0.75, 0.75)
+    assert shard.runs == (3, 3)
+    assert shard.seconds == (0.75, 0.75)
     for name in ("index", "theta", "status", "runs", "seconds", "noise_seed"):
         assert np.array_equal(getattr(back, name), getattr(records, name))
         assert getattr(back, name).dtype == getattr(records, name).dtype
     for a, b in zip(back.outputs, records.outputs, strict=True):
-        assert np.array_equal(a, b) and a.dtype == dtype
+        assert np.array_equal(a, b)
+        assert a.dtype == dtype
 
 
 def test_what_is_known_in_memory_is_what_the_file_says(tmp_path):
@@ -90,7 +93,8 @@ def test_the_same_content_has_the_same_name_and_another_one_another():
 
 def test_names_stay_short():
     stream = Stream(10**80, 1, tuple(range(200)))
-    records = Records(np.arange(1), np.ones((1, 1)), (), np.ones(1, np.uint8), np.ones((1, 200), int), np.ones((1, 200)))
+    each = np.ones((1, 200), int)
+    records = Records(np.arange(1), np.ones((1, 1)), (), np.ones(1, np.uint8), each, each)
     name = encode(stream, records)[0].name
     assert len(name) < 120
     assert name != encode(Stream(10**80 + 1, 1, tuple(range(200))), records)[0].name
@@ -105,16 +109,19 @@ def test_failed_rows_join_finished_ones_and_keep_their_messages():
     joined, = join([make([4], status=1, message="boom"), make([3, 5])])
     assert joined.index.tolist() == [3, 4, 5]
     assert joined.messages == {1: "boom"}
-    assert np.isnan(joined.outputs[0][1]).all() and not np.isnan(joined.outputs[0][[0, 2]]).any()
+    assert np.isnan(joined.outputs[0][1]).all()
+    assert not np.isnan(joined.outputs[0][[0, 2]]).any()
     integers, = join([make([4], status=1), make([3], dtype=np.int64)])
-    assert integers.outputs[0].dtype == np.int64 and (integers.outputs[0][1] == 0).all()
+    assert integers.outputs[0].dtype == np.int64
+    assert (integers.outputs[0][1] == 0).all()
 
 
 def test_joining_drops_repetitions_but_no_second_try():
     once = join([make([1, 2]), make([2, 3])])[0]
     assert once.index.tolist() == [1, 2, 3]
     tries = join([make([1], status=1), make([1], seconds=0.5), make([1])])[0]
-    assert tries.index.tolist() == [1, 1, 1] and tries.status.tolist() == [0, 0, 1]
+    assert tries.index.tolist() == [1, 1, 1]
+    assert tries.status.tolist() == [0, 0, 1]
 
 
 def test_other_dtypes_and_shapes_stay_apart():
@@ -124,7 +131,8 @@ def test_other_dtypes_and_shapes_stay_apart():
 def test_splitting_keeps_rows_and_the_limit():
     records = make(range(100), shape=(10,))
     pieces = split(records, largest=1000)
-    assert all(piece.nbytes <= 1000 for piece in pieces) and len(pieces) < 20
+    assert all(piece.nbytes <= 1000 for piece in pieces)
+    assert len(pieces) < 20
     assert np.array_equal(np.concatenate([piece.index for piece in pieces]), records.index)
     assert len(split(records, largest=1)) == 100
 
@@ -158,9 +166,8 @@ def test_pickles_are_refused_and_never_run(tmp_path, member):
     with pytest.raises(DamagedShardError, match="rows 0 to 1 of stream 1"):
         read_records(evil, read_meta(evil))
     assert not (tmp_path / "sprung").exists()
-    with pytest.raises(FileExistsError):  # the trap works
-        tmp_path.joinpath("sprung").mkdir()
-        pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 def test_every_truncation_is_found_on_opening(tmp_path):

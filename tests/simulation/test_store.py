@@ -68,7 +68,8 @@ def test_what_is_added_is_there_for_every_reader(tmp_path):
     store = open_store(tmp_path / "store")
     assert store.streams == (LOW, HIGH)
     assert store.missing(LOW, 0, 20) == [(10, 12), (14, 20)]
-    assert store.missing(LOW, 5, 5) == [] and store.missing(Stream(2, 0, (0,)), 0, 3) == [(0, 3)]
+    assert store.missing(LOW, 5, 5) == []
+    assert store.missing(Stream(2, 0, (0,)), 0, 3) == [(0, 3)]
     assert store.runs == (13, 1)
     found = list(store.read(LOW, 3, 13))
     assert np.concatenate([r.index for r in found]).tolist() == [*range(3, 10), 12]
@@ -94,7 +95,7 @@ def test_slow_rows_are_on_disk_when_add_returns_and_cheap_ones_soon(tmp_path, mo
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_leaving_in_a_hurry_writes_what_was_added(tmp_path, end):
     store = new(tmp_path)
-    with pytest.raises(end), store.writing() as writer:
+    with pytest.raises(end), store.writing() as writer:  # noqa: PT012
         writer.add(LOW, make([0, 1]))
         raise end
     assert open_store(store.path).missing(LOW, 0, 3) == [(2, 3)]
@@ -111,16 +112,20 @@ def test_a_later_success_repairs_a_failure_and_both_are_paid(tmp_path):
     assert [r.index.tolist() for r in store.read(LOW)] == [[1]]
     assert sorted(i for r in store.read(LOW, failed=True) for i in r.index.tolist()) == [0, 1, 2]
     late = fill(store, (LOW, make([1], status=2)))  # a failure after a success changes nothing but the cost
-    assert late.failed(LOW) == {0: 1, 2: 1} and late.runs == (5, 0)
+    assert late.failed(LOW) == {0: 1, 2: 1}
+    assert late.runs == (5, 0)
 
 
 def test_a_record_found_twice_counts_once(tmp_path):
     store = fill(new(tmp_path), (LOW, make([0, 1])), (LOW, make([1, 2])), (LOW, make([0, 1, 2])))
-    assert store.runs == (3, 0) and len(store.shards) == 3
+    assert store.runs == (3, 0)
+    assert len(store.shards) == 3
     assert store.seconds[0] == pytest.approx(make([0, 1, 2]).seconds.sum())
-    assert [r.index.tolist() for r in store.read(LOW)] and store.data().n == (3, 0)
+    assert [r.index.tolist() for r in store.read(LOW)]
+    assert store.data().n == (3, 0)
     fill(store, (LOW, make([0], cost=0.5)))  # run a second time: paid twice
-    assert store.runs == (4, 0) and store.data().n == (3, 0)
+    assert store.runs == (4, 0)
+    assert store.data().n == (3, 0)
 
 
 def test_failures_say_what_happened(tmp_path):
@@ -137,7 +142,8 @@ def test_only_shards_with_failures_are_read_for_them(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(store_module, "read_records", lambda path, *a, **k: read.append(path) or
                         shards_module.read_records(path, *a, **k))
-    assert len(store.failures()) == 1 and len(read) == 1
+    assert len(store.failures()) == 1
+    assert len(read) == 1
 
 
 def test_replays_cost_and_are_remembered(tmp_path):
@@ -146,14 +152,18 @@ def test_replays_cost_and_are_remembered(tmp_path):
     with store.writing() as writer:
         writer.add_replay(LOW, [0, 1], [[1], [1]], [[0.25], [0.5]])
     store = open_store(store.path)
-    assert store.replayed(LOW) and not store.replayed(HIGH)
-    assert store.runs == (4, 0) and store.seconds[0] == pytest.approx(make([0, 1]).seconds.sum() + 0.75)
+    assert store.replayed(LOW)
+    assert not store.replayed(HIGH)
+    assert store.runs == (4, 0)
+    assert store.seconds[0] == pytest.approx(make([0, 1]).seconds.sum() + 0.75)
     assert [part.tolist() for part in store.replays(LOW)] == [[2], [0.75]]
-    assert store.missing(LOW, 0, 3) == [(2, 3)] and store.data().runs == (4, 0)
+    assert store.missing(LOW, 0, 3) == [(2, 3)]
+    assert store.data().runs == (4, 0)
     fill(store, (HIGH, make([0], HIGH)))
     before = store.data()
     store.compact()
-    assert same(store.data(), before) and store.replayed(LOW)
+    assert same(store.data(), before)
+    assert store.replayed(LOW)
 
 
 def test_what_was_spent(tmp_path):
@@ -171,9 +181,9 @@ def test_data_takes_what_training_can_use(tmp_path):
     alone = Stream(3, JOINT_STREAM + 2, (1,))
     later = Stream(2, 0, (0,))
     store = fill(
-        new(tmp_path), (later, make([1, 0], later)), (LOW, make([2, 3])), (LOW, make([0, 1, 5])), (HIGH, make([0], HIGH)),
-        (HIGH, make([1], HIGH, status=3)), (PILOT, make([0, 1], PILOT)), (PILOT_LOW, make([0], PILOT_LOW)),
-        (test, make([0], test)), (alone, make([0], alone)),
+        new(tmp_path), (later, make([1, 0], later)), (LOW, make([2, 3])), (LOW, make([0, 1, 5])),
+        (HIGH, make([0], HIGH)), (HIGH, make([1], HIGH, status=3)), (PILOT, make([0, 1], PILOT)),
+        (PILOT_LOW, make([0], PILOT_LOW)), (test, make([0], test)), (alone, make([0], alone)),
     )  # fmt: skip
     data = store.data()
     low = [make([0], PILOT_LOW), make([0, 1, 2, 3, 5]), make([0, 1], later)]
@@ -182,9 +192,12 @@ def test_data_takes_what_training_can_use(tmp_path):
     assert np.array_equal(data.levels[0].fine, np.concatenate([r.outputs[-1] for r in low]))
     assert np.array_equal(data.levels[1].fine, np.concatenate([r.outputs[-1] for r in high]))
     assert np.array_equal(data.levels[1].coarse, np.concatenate([r.outputs[-2] for r in high]))
-    assert data.failures == (0, 1) and data.runs == (1 + 5 + 2 + 2 + 2, 4) and data.checked
+    assert data.failures == (0, 1)
+    assert data.runs == (1 + 5 + 2 + 2 + 2, 4)
+    assert data.checked
     assert store.runs == (12, 6)
-    assert store.data(seed=3).n == (1, 2) and store.data(seed=1).n == (5, 1)
+    assert store.data(seed=3).n == (1, 2)
+    assert store.data(seed=1).n == (5, 1)
     assert sorted(torch.cat([b.theta for b in store.batches(0)])[:, 0]) == sorted(data.levels[0].theta[:, 0])
     store.compact()  # shards that interleave come one after the other; now they are in order
     for level in (0, 1):
@@ -244,7 +257,9 @@ def test_compacting_changes_no_record(tmp_path):
     store.compact()
     assert len(store.shards) == 2
     for now in (store, open_store(store.path)):
-        assert same(now.data(), before) and now.failures().equals(failures) and now.runs == runs
+        assert same(now.data(), before)
+        assert now.failures().equals(failures)
+        assert now.runs == runs
         assert now.seconds == pytest.approx(seconds, rel=1e-12)
     names = sorted(os.listdir(store.rows))
     store.compact()
@@ -258,7 +273,8 @@ def test_compacting_keeps_to_the_size_of_a_shard(tmp_path, monkeypatch):
     before = store.data()
     store.compact()
     rows = [len(shard.ok) for shard in store.shards]
-    assert len(rows) > 3 and max(rows) * 56 <= 5000
+    assert len(rows) > 3
+    assert max(rows) * 56 <= 5000
     assert all(len(shard.ok.pairs) == 1 for shard in store.shards)
     assert same(store.data(), before)
     names = sorted(os.listdir(store.rows))
@@ -274,7 +290,8 @@ def test_small_shards_are_joined_on_the_way(tmp_path, monkeypatch):
             writer.add(LOW, make([row], cost=0.06))
             assert len(os.listdir(store.rows)) <= 9
             assert len(open_store(store.path).ok(LOW)) == row + 1 if row % 10 == 0 else True
-    assert store.data().n == (100, 0) and store.runs == (100, 0)
+    assert store.data().n == (100, 0)
+    assert store.runs == (100, 0)
 
 
 def test_targets_and_the_table(tmp_path):
@@ -293,7 +310,8 @@ def test_targets_and_the_table(tmp_path):
         assert part in text
     frame = store.to_frame()
     assert frame.loc["low", ["wanted", "done", "failed", "runs", "cost"]].tolist() == [100, 20, 1, 21, 21]
-    assert "being written" not in str(store) and repr(store).endswith("low: 20, high: 0)")
+    assert "being written" not in str(store)
+    assert repr(store).endswith("low: 20, high: 0)")
 
 
 # Writers.
@@ -303,10 +321,12 @@ def test_a_second_writer_is_refused(tmp_path):
     store = new(tmp_path)
     with store.writing() as writer:
         writer.add(LOW, make([0]))
+        me = f"being written by process {os.getpid()} on .* since"
         for other in (store, open_store(store.path)):
-            with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on .* since"), other.writing():
+            with pytest.raises(StoreError, match=me), other.writing():
                 pass
-        code = ("import sys\nfrom mlsbi.simulation.store import *\ntry:\n  with open_store(sys.argv[1]).writing(): pass\n"
+        code = ("import sys\nfrom mlsbi.simulation.store import *\n"
+                "try:\n  with open_store(sys.argv[1]).writing(): pass\n"
                 "except StoreError as error: print(error)")
         told = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True).stdout
         assert f"being written by process {os.getpid()}" in told
@@ -396,7 +416,9 @@ def test_readers_in_other_processes_see_everything_at_every_moment(tmp_path):
     looks = 0
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         reader = open_store(store.path)
-        assert reader.missing(LOW, 0, 10) == [] and reader.data().n == (10, 0) and not reader.damaged
+        assert reader.missing(LOW, 0, 10) == []
+        assert reader.data().n == (10, 0)
+        assert not reader.damaged
         looks += 1
     assert looks > 3
 
@@ -416,7 +438,8 @@ def test_without_locks_others_unfinished_files_are_left_alone(tmp_path, monkeypa
     monkeypatch.setattr("mlsbi.simulation.locking.fcntl", None)
     with pytest.warns(UserWarning, match="two writers"):
         fill(store, (LOW, make([0])))
-    assert (store.rows / ".tmp-elsewhere-1-0").exists() and store.data().n == (1, 0)
+    assert (store.rows / ".tmp-elsewhere-1-0").exists()
+    assert store.data().n == (1, 0)
 
 
 # Crashes: every file operation is the last one.
@@ -485,7 +508,8 @@ def whole(tmp_path_factory):
 def check_after_crash(folder, promised, whole):
     if (folder / "store" / "store.json").exists():
         store = open_store(folder / "store")
-        assert not store.damaged and store.verify() == ()
+        assert not store.damaged
+        assert store.verify() == ()
         assert set(promised) <= set(store.ok(LOW).indices().tolist())
         for records in store.read(LOW):
             assert np.array_equal(records.outputs[0], make(records.index).outputs[0])
@@ -551,7 +575,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, monkeypatch):
     with store.writing() as writer:
         monkeypatch.setattr(os, "fsync", fsync)
         for rows in ([1], [2]):
-            with pytest.raises(StoreError, match=f"{re.escape(str(store.path))}.*no space left.*written so far is safe"):
+            with pytest.raises(StoreError, match=f"{re.escape(str(store.path))}.*no space left.*so far is safe"):
                 writer.add(LOW, make(rows, cost=0.06))
         assert open_store(store.path).missing(LOW, 0, 3) == [(1, 3)]
         assert not list(store.path.rglob(".tmp-*"))
@@ -565,7 +589,7 @@ def test_a_real_limit_on_files(tmp_path):
     store = fill(new(tmp_path), (LOW, make([0])))
 
     def child():
-        with pytest.raises(StoreError, match="no space left"), store.writing() as writer:
+        with pytest.raises(StoreError, match="no space left"), store.writing() as writer:  # noqa: PT012
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
             writer.add(LOW, make([1], cost=0.06))
@@ -574,7 +598,8 @@ def test_a_real_limit_on_files(tmp_path):
             assert not list(store.path.rglob(".tmp-*"))
 
     assert in_child(child) == 0
-    assert open_store(store.path).missing(LOW, 0, 3) == [(2, 3)] and open_store(store.path).verify() == ()
+    assert open_store(store.path).missing(LOW, 0, 3) == [(2, 3)]
+    assert open_store(store.path).verify() == ()
 
 
 # Damage.
@@ -603,13 +628,15 @@ def test_a_flipped_byte_is_found_named_and_repaired(tmp_path):
     with pytest.raises(StoreError, match=r"2-2.*rows 2 to 2 of stream 0.*discard_damaged\(\)"):
         store.data()
     other = open_store(store.path)
-    assert other.verify() == (name,) and list(other.damaged) == [name]
+    assert other.verify() == (name,)
+    assert list(other.damaged) == [name]
     with pytest.raises(StoreError, match="discard_damaged"):
         list(other.read(LOW))
     assert f"damaged: {name}" in str(other)
     assert other.discard_damaged() == (name,)
     assert (other.path / "damaged" / name).exists()
-    assert other.missing(LOW, 0, 3) == [(2, 3)] and other.data().n == (2, 0)
+    assert other.missing(LOW, 0, 3) == [(2, 3)]
+    assert other.data().n == (2, 0)
     assert same(fill(other, (LOW, make([2], width=50))).data(), before)
 
 
@@ -643,9 +670,11 @@ def test_joining_small_shards_leaves_damaged_ones_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "_MANY", 2)
     with pytest.warns(UserWarning, match="rows 2 to 2"):
         fill(store, (LOW, make([9], width=50)))
-    assert list(store.damaged) == [name] and (store.rows / name).exists()
+    assert list(store.damaged) == [name]
+    assert (store.rows / name).exists()
     store.discard_damaged()
-    assert store.ok(LOW) == Ranges.of([0, 1, 3, 9]) and store.data().n == (4, 0)
+    assert store.ok(LOW) == Ranges.of([0, 1, 3, 9])
+    assert store.data().n == (4, 0)
 
 
 # Making and opening.
@@ -689,7 +718,8 @@ def test_the_manifest_says_what_the_store_is_of(tmp_path):
     new(tmp_path, costs=[1.0, 2.0], row_costs=[1.0, 3.0])
     store = open_store(tmp_path / "store")
     assert (store.description, store.names, store.parameters) == ({"stack": "a"}, ("low", "high"), ("mu", "sigma"))
-    assert store.manifest["costs"] == [1.0, 2.0] and store.manifest["versions"]["numpy"] == np.__version__
+    assert store.manifest["costs"] == [1.0, 2.0]
+    assert store.manifest["versions"]["numpy"] == np.__version__
 
 
 @pytest.mark.parametrize(
@@ -733,6 +763,7 @@ def test_reading_needs_memory_for_two_shards(tmp_path):
             "before = peak()\n"
             "rows = sum(len(batch) for batch in open_store(sys.argv[1]).batches(0))\n"
             "print(rows, peak() - before)")
-    out = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True, check=True).stdout
-    rows, megabytes = map(int, out.split())
-    assert rows == 80000 and megabytes < 80
+    out = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True, check=True)
+    rows, megabytes = map(int, out.stdout.split())
+    assert rows == 80000
+    assert megabytes < 80
