@@ -25,7 +25,8 @@ FLOORS = [
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
     "simulation": ["records", "seeding", "adapters", "programs", "sources", "fingerprint", "executors", "locking",
-                   "shards", "store", "merging", "exporting", "opening", "execution", "progress", "terms",
+                   "ranges", "files", "manifest", "joining", "shards", "indexing", "catalogue", "repacking", "writing",
+                   "collecting", "summary", "store", "merging", "exporting", "opening", "execution", "progress", "terms",
                    "scheduling", "running", "campaign", "sets"],
     "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
                 "conditional"],

@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mlsbi.training.loop import TrainingError
 
     try:
-        options.function(options, given)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.function(options, given)
     except (ValueError, TypeError, FileNotFoundError, ImportError, SimulationError, TrainingError) as error:
         print(f"mlsbi: {error}", file=sys.stderr)
         return 2
@@ -31,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mlsbi: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_warning(message: Warning | str, *where: Any, **how: Any) -> None:
+    """A warning's text, without the line of the library that gave it."""
+    print(f"mlsbi: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -122,7 +122,7 @@ def _failures(store: Store, *, finished: bool) -> Iterator[str]:
         if any(tried for tried, _ in tries):
             yield "No row failed."
         return
-    told = [f"{failed} of {tried} rows ({100 * failed / tried:.2g}%) of level '{name}'"
+    told = [f"{failed} of {tried} rows ({failed / tried:.1%}) of level '{name}'"
             for name, (tried, failed) in zip(store.names, tries, strict=True) if failed]
     yield (f"Failed, test rows and a pilot's included: {', '.join(told)}. What is learned without them holds for the "
            "part of the prior where simulations succeed; --map FILE.png draws which part fails.")

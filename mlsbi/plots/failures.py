@@ -70,8 +70,8 @@ def failures(
     Example:
         >>> theta = np.random.default_rng(0).uniform(size=(200, 2))
         >>> figure = failures(theta, theta[:, 0] > 0.9, names=["rate", "shift"], low=[0, 0], high=[1, 1])
-        >>> figure.get_suptitle()
-        '27 of 200 rows failed (13.5%)'
+        >>> [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+        ['rate', 'shift']
     """
     values, lost = _read_rows(theta, failed)
     dim = values.shape[1]
@@ -96,7 +96,7 @@ def failures(
                 _draw_fraction(axes, curves[x], float(lost.mean()))
                 dress(axes, title="" if count == 1 else titles[x], y="fraction that fails" if count == 1 else "")
                 axes.set_ylim(-0.03 * top, top)
-                axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+                axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
                 if count > 1:  # to the left is the panel of a pair
                     axes.yaxis.tick_right()

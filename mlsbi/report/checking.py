@@ -240,8 +240,9 @@ def lost_rows(results: Mapping[str, Any]) -> list[str]:
         One sentence, or none.
     """
     spent = results["spent"]
-    told = [f"{lost:,} of {n + lost:,} rows ({100 * lost / (n + lost):.2g}%) of level '{level['name']}'"
-            for level, n, lost in zip(results["levels"], spent["n"], spent["failures"], strict=True) if lost]
+    names = [level["name"] for level in results.get("levels") or []] or range(len(spent["n"]))
+    told = [f"{lost:,} of {n + lost:,} rows ({lost / (n + lost):.1%}) of level '{name}'"
+            for name, n, lost in zip(names, spent["n"], spent["failures"], strict=True) if lost]
     if not told:
         return []
     done = "left out with their twins"

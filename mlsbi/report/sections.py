@@ -198,14 +198,15 @@ def _failed(results: Record, names: Sequence[str], figures: Path) -> list[str]:
         paragraph(
             *lost_rows(results),
             "A row fails if a simulator raises an error, runs out of time, gives NaN, infinite numbers or another "
-            "shape, or kills its worker; `mlsbi status`, given this folder, counts the reasons.",
+            "shape, or kills its worker; mlsbi status, given this folder, counts the reasons.",
             "" if path.is_file() else "Where in the prior they are cannot be drawn: the run's store of simulations is "
                                       "not here, or cannot be read.",
         ),
-        figure(path, f"Every row in the run's store whose finest level is '{names[worst]}', test rows included. "
+        figure(path, f"Every row in the run's store whose finest level is '{names[worst]}', a pilot's and test rows "
+               "included. "
                + ("Below the diagonal, rows that failed are red; on it is" if several else "Drawn is")
                + " the share that fails along each parameter, and dashed that of all rows. Where nearly everything "
-               "fails, nothing was learned, and the posterior says nothing about such parameters."),
+               "fails, nothing was learned: do not rely on the posterior there."),
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.shards import TEMPORARY
+from mlsbi.simulation.files import TEMPORARY
 from mlsbi.simulation.store import Store, StoreError
 
 __all__ = ["export_store"]

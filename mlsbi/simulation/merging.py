@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlsbi.simulation.fingerprint import compare_stacks
+from mlsbi.simulation.ranges import Ranges
 from mlsbi.simulation.records import OK, Records, Stream
-from mlsbi.simulation.shards import Ranges, Shard, read_bytes, read_records
+from mlsbi.simulation.shards import Shard, read_bytes, read_records
 from mlsbi.simulation.store import Store, StoreError, open_store
 
 __all__ = ["merge_stores"]

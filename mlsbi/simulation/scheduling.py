@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mlsbi.levels import map_noise
+from mlsbi.simulation.adapters import RowSimulator
 from mlsbi.simulation.execution import Expected, Outcome, run_levels
 from mlsbi.simulation.executors import Workers, worker_died
 from mlsbi.simulation.progress import Progress
@@ -32,6 +33,9 @@ REPLAYED = 2
 _PROBED = 2  # rows run before the bulk
 _LARGEST_BATCH = 16 * BLOCK  # rows; bounds the memory that noise takes
 _BATCH_SECONDS = 1.0  # what a batch of slow simulations should take, so that little is under way at any time
+_ROW_BATCH_SECONDS = 0.05  # where rows run one by one, so that larger batches save nothing but the sending
+_LONGEST_TRIAL = 60.0  # seconds that a larger batch may take to see whether it is cheaper by the row
+_CHEAPER = 0.8  # of the seconds a row, to go on to an even larger one
 _TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
 _ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
 _MOST_REDRAWN = 10  # times the rows wanted, and 100, that redrawing may run
@@ -374,19 +378,35 @@ class Runner:
 
     def _first_batch(self, term: Term) -> int:
         rows = sum(stop - start for start, stop in term.missing)
-        probed = float(term.seconds.sum()) / max(int(term.runs[-1]), 1)  # seconds a row, call overhead included
-        if probed * _PROBED < 0.02:  # a call costs little: vectorised
+        term.row_seconds = float(term.seconds.sum()) / max(int(term.runs[-1]), 1)  # call overhead included
+        if term.row_seconds * _PROBED < 0.02 and not _runs_row_by_row(term):  # a call costs little: vectorised
             return max(1, min(_LARGEST_BATCH, math.ceil(rows / (4 * self.workers.width - 3))))
-        return max(1, min(BLOCK, int(_BATCH_SECONDS / probed)))
+        batch = max(1, min(BLOCK, int(_seconds_of_batch(term) / max(term.row_seconds, 1e-6))))
+        if not _runs_row_by_row(term) and batch <= _PROBED and 2 * _PROBED * term.row_seconds < _LONGEST_TRIAL:
+            return 2 * _PROBED  # is a larger batch cheaper by the row?
+        return batch
 
     def _fit_batch(self, batch: Batch, seconds: float) -> None:
         term = batch.term
         if self.batch_size is not None or not term.batch or len(batch) < term.batch:
             return
-        if seconds < _BATCH_SECONDS / 4:
-            term.batch = min(2 * term.batch, _LARGEST_BATCH)
-        elif seconds > 4 * _BATCH_SECONDS:
+        before, term.row_seconds = term.row_seconds, seconds / len(batch)
+        wanted = _seconds_of_batch(term)
+        if not _runs_row_by_row(term) and term.row_seconds < _CHEAPER * before and 2 * seconds < _LONGEST_TRIAL:
+            term.batch *= 2  # its calls have an overhead to share
+        elif seconds < wanted / 4:
+            term.batch *= 2
+        elif seconds > 4 * wanted and term.row_seconds > before / 2:
             term.batch = max(1, term.batch // 2)
+        term.batch = min(term.batch, _LARGEST_BATCH)
+
+
+def _runs_row_by_row(term: Term) -> bool:
+    return all(isinstance(level.simulate, RowSimulator) for level in term.levels)
+
+
+def _seconds_of_batch(term: Term) -> float:
+    return _ROW_BATCH_SECONDS if _runs_row_by_row(term) else _BATCH_SECONDS
 
 
 def _is_alone(batch: Batch) -> bool:

@@ -56,7 +56,8 @@ class Term:
     missing: deque[tuple[int, int]] = field(default_factory=deque)
     runs: Any = None
     seconds: Any = None
-    batch: int = 0
+    batch: int = 0  # rows of the next one
+    row_seconds: float = 0.0  # of the last one
 
     def __post_init__(self) -> None:
         self.label = self.label or self.levels[-1].name

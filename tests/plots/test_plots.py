@@ -12,11 +12,15 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from mlsbi import plots
 from mlsbi.allocation.optimal import optimal_allocation
 from mlsbi.data import MultilevelData
+from mlsbi.plots.failures import read_tries
 from mlsbi.plots.style import COLOURS, TRUTH
+from mlsbi.simulation.records import Records, Stream
+from mlsbi.simulation.store import create_store
 from mlsbi.training.loop import History, join_histories
 
 
@@ -80,6 +84,13 @@ def make_draws(dim, n=400, seed=0):
     return np.random.default_rng(seed).normal(0.5, 0.1, size=(n, dim))
 
 
+def make_tries(dim=3, n=400, seed=0):
+    """Rows of the unit cube, of which those with a large first parameter failed, and a few more."""
+    generator = np.random.default_rng(seed)
+    theta = generator.uniform(size=(n, dim))
+    return theta, (theta[:, 0] > 0.8) | (generator.uniform(size=n) < 0.02)
+
+
 FIGURES = {
     **{f"coupled {n}": lambda n=n: plots.coupled(make_data(n)) for n in (1, 2, 3)},
     "coupled, one output": lambda: plots.coupled(make_data(2, (1,))),
@@ -102,6 +113,12 @@ FIGURES = {
     **{f"ranks {d}": lambda d=d: plots.ranks(np.random.default_rng(0).integers(0, 101, (200, d)), 100)
        for d in (1, 2, 5)},
     **{f"pairs {d}": lambda d=d: plots.pairs(make_draws(d)) for d in (1, 2, 5)},
+    **{f"failures {d}": lambda d=d: plots.failures(*make_tries(d)) for d in (1, 2, 5, 8)},
+    "failures, none": lambda: plots.failures(make_tries(2)[0], np.zeros(400, bool)),
+    "failures, all": lambda: plots.failures(make_tries(2)[0], np.ones(400, bool)),
+    "failures, one row": lambda: plots.failures([[0.5, 0.5]], [True]),
+    "failures, constant parameter": lambda: plots.failures(np.full((50, 2), 0.0), np.arange(50) < 3),
+    "failures, few values": lambda: plots.failures(np.arange(60).reshape(-1, 2) % 4, np.arange(30) < 3),
 }  # fmt: skip
 
 
@@ -558,3 +575,156 @@ class TestPairs:
     def test_bad_input(self, options, match):
         with pytest.raises(ValueError, match=match):
             plots.pairs(**options)
+
+
+class TestFailures:
+    @staticmethod
+    def fractions(axes):
+        """Centres, fractions and ends of the intervals of a panel on the diagonal."""
+        [bars] = axes.containers
+        line, _, (across, upright) = bars.lines
+        ends = np.array([segment[:, 1] for segment in upright.get_segments()])
+        assert len(across.get_segments()) == len(ends)
+        return *line.get_data(), ends
+
+    @staticmethod
+    def title(figure):
+        return figure._suptitle.get_text()  # get_suptitle is newer than the oldest matplotlib we allow
+
+    @staticmethod
+    def scattered(axes):
+        return {one.get_label(): np.asarray(one.get_offsets()) for one in axes.collections}
+
+    def test_fractions_per_bin_are_counts_with_wilson_intervals(self):
+        theta, failed = make_tries(2)
+        grid = np.reshape(plots.failures(theta, failed, low=[0, 0], high=[1, 1]).axes, (2, 2))
+        for k in range(2):
+            centres, fractions, ends = self.fractions(grid[k, k])
+            np.testing.assert_allclose(centres, np.linspace(0.05, 0.95, 10))
+            for place, (fraction, (low, high)) in enumerate(zip(fractions, ends, strict=True)):
+                inside = np.floor(10 * theta[:, k]) == place
+                test = binomtest(int(failed[inside].sum()), int(inside.sum())).proportion_ci(method="wilson")
+                assert fraction == pytest.approx(failed[inside].mean())
+                assert (low, high) == pytest.approx((test.low, test.high), abs=1e-6)
+            [dashed] = [line for line in grid[k, k].lines if line.get_linestyle() == "--"]
+            assert set(dashed.get_ydata()) == {failed.mean()}
+
+    def test_bins_without_a_box_hold_equally_many_rows(self):
+        theta = np.random.default_rng(0).lognormal(sigma=2, size=(1000, 1))
+        failed = theta[:, 0] > np.quantile(theta, 0.95)
+        _, fractions, _ = self.fractions(plots.failures(theta, failed).axes[0])
+        assert fractions == pytest.approx([0] * 9 + [0.5])
+
+    def test_rows_are_where_they_are_failed_ones_on_top(self):
+        theta, failed = make_tries(3)
+        grid = np.reshape(plots.failures(theta, failed).axes, (3, 3))
+        for row, column in ((1, 0), (2, 0), (2, 1)):
+            found = self.scattered(grid[row, column])
+            assert list(found) == ["succeeded", "failed"]
+            np.testing.assert_array_equal(found["failed"], theta[failed][:, [column, row]])
+            np.testing.assert_array_equal(found["succeeded"], theta[~failed][:, [column, row]])
+        assert not any(axes.get_visible() for axes in grid[np.triu_indices(3, 1)])
+
+    def test_many_rows_are_thinned_and_it_says_so(self):
+        theta, failed = make_tries(2, n=20_000)
+        figure = plots.failures(theta, failed)
+        found = self.scattered(np.reshape(figure.axes, (2, 2))[1, 0])
+        assert all(len(points) <= 3000 for points in found.values())
+        assert any(label.startswith("failed (") and label.endswith(f"of {failed.sum():,} drawn)") for label in found)
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert set(found) < set(texts)
+        assert self.title(figure).startswith(f"{failed.sum():,} of 20,000 rows failed")
+
+    def test_the_six_parameters_that_matter_are_drawn_in_their_order(self):
+        generator = np.random.default_rng(3)
+        theta = generator.uniform(size=(5000, 9))
+        failed = generator.uniform(size=5000) < theta[:, [8, 1, 2, 5, 6, 4]].mean(1) ** 4
+        figure = plots.failures(theta, failed, names=list("abcdefghi"))
+        titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+        assert titles == ["b", "c", "e", "f", "g", "i"]
+        assert "6 of 9 parameters" in self.title(figure)
+        assert "parameters" not in self.title(plots.failures(*make_tries(6)))
+
+    def test_title_tells_how_many(self):
+        theta, _ = make_tries(2)
+        rows = np.arange(400)
+        assert self.title(plots.failures(theta, rows < 50)) == "50 of 400 rows failed (12.5%)"
+        assert self.title(plots.failures(theta, rows < 0)) == "0 of 400 rows failed (0%)"
+
+    def test_axes_show_the_box_and_names(self):
+        theta, failed = make_tries(2)
+        figure = plots.failures(theta, failed, names=["mu", "tau"], low=[0, -1], high=[2, 3])
+        grid = np.reshape(figure.axes, (2, 2))
+        assert grid[1, 0].get_xlim() == (0, 2)
+        assert grid[1, 0].get_ylim() == (-1, 3)
+        assert (grid[1, 0].get_xlabel(), grid[1, 0].get_ylabel()) == ("mu", "tau")
+        single = plots.failures(theta[:, :1], failed, names=["mu"])
+        assert len(single.axes) == 1
+        assert single.axes[0].get_xlabel() == "mu"
+
+    def test_single_precision_at_the_edge_of_the_box_is_inside(self):
+        theta = np.array([[0.0], [0.1]], np.float32)
+        assert float(theta.max()) > 0.1  # in double precision
+        _, fractions, _ = self.fractions(plots.failures(theta, [False, True], low=[0.0], high=[0.1]).axes[0])
+        np.testing.assert_array_equal(fractions, [0, 1])
+
+    @pytest.mark.parametrize(("changes", "match"), [
+        ({"theta": np.zeros(4)}, r"shape \(n, D\); got \(4,\)"),
+        ({"theta": np.zeros((0, 2)), "failed": np.zeros(0, bool)}, "at least one row"),
+        ({"theta": np.zeros((4, 0))}, r"shape \(n, D\)"),
+        ({"theta": np.full((4, 2), np.nan)}, "4 of 4 rows are not"),
+        ({"failed": [True, False]}, r"booleans of shape \(4,\)"),
+        ({"failed": [0, 1, 0, 1]}, "booleans"),
+        ({"failed": np.zeros((4, 1), bool)}, "booleans"),
+        ({"names": ["a"]}, "2 names, one per parameter"),
+        ({"low": [0, 0]}, "low and high together"),
+        ({"low": [0], "high": [1]}, r"low and high of shape \(2,\)"),
+        ({"low": [0, 1], "high": [1, 1]}, "low < high"),
+        ({"low": [0, 0], "high": [1, np.inf]}, "finite low < high"),
+        ({"low": [0, 0], "high": [1, 0.4]}, "4 of 4 rows are outside"),
+    ], ids=str)  # fmt: skip
+    def test_bad_input(self, changes, match):
+        given = {"theta": np.full((4, 2), 0.5), "failed": np.zeros(4, bool), **changes}
+        with pytest.raises(ValueError, match=match):
+            plots.failures(given.pop("theta"), given.pop("failed"), **given)
+
+
+def make_store(folder, streams, failed=()):
+    """Ten rows of each stream, theta that tells which; those in `failed` went wrong, one of them repaired since."""
+    store = create_store(folder, {}, ["low", "middle", "high"], ["mu", "tau"])
+    with store.writing() as writer:
+        for number, stream in enumerate(streams):
+            index = np.arange(10)
+            ones = np.ones((10, len(stream.levels)))
+            theta = np.stack([np.full(10, number), index], 1).astype(np.float32)
+            for again in (False, True):
+                rows = index[:1] if again else index
+                records = Records(index, theta, (ones,) * len(stream.levels),
+                                  (np.isin(index, failed) & (not again)).astype(np.uint8), ones.astype(int), ones)
+                writer.add(stream, records.take(rows))
+                writer.flush()
+    return store
+
+
+class TestReadTries:
+    STREAMS = (Stream(1, 0, (0,)), Stream(1, 1, (0, 1)), Stream(2, 2, (1, 2)), Stream(1, 1 << 16, (0, 1, 2)),
+               Stream(3, 1 << 17, (2,)))
+
+    def test_rows_of_a_finest_level_are_found_over_seeds_and_purposes(self, tmp_path):
+        store = make_store(tmp_path / "store", self.STREAMS, failed=[0, 3, 7])
+        for level, numbers in ((0, {0}), (1, {1}), (2, {2, 3, 4}), (-1, {2, 3, 4})):
+            theta, failed = read_tries(store, level)
+            assert theta.shape == (10 * len(numbers), 2)
+            assert set(theta[:, 0]) == numbers
+            assert failed.dtype == bool
+            np.testing.assert_array_equal(failed, np.isin(theta[:, 1], [3, 7]))  # row 0 was repaired
+
+    def test_a_level_without_rows_has_none(self, tmp_path):
+        theta, failed = read_tries(make_store(tmp_path / "store", self.STREAMS[:1]), 2)
+        assert theta.shape == (0, 2)
+        assert failed.shape == (0,)
+
+    @pytest.mark.parametrize("level", [3, -4])
+    def test_unknown_levels(self, tmp_path, level):
+        with pytest.raises(ValueError, match=r"a level from -3 to 2"):
+            read_tries(make_store(tmp_path / "store", ()), level)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlsbi import NPE, NSF, TrainingOptions, tasks
-from mlsbi.report.checking import check_likelihood, check_posterior, compare, verdict
+from mlsbi.report.checking import check_likelihood, check_posterior, compare, lost_rows, verdict, worst_level
 
 CREDIBILITY = [0.5, 0.8, 0.9, 0.95]
 
@@ -18,8 +18,9 @@ def make_results(**changes):
         "likelihood_kld": None, "mcmc": None,
     }
     record = {"name": "multilevel", "error": None, "posterior": {"mcmc": None}, "checks": {**checks, **changes}}
-    return {"asked": {"parameters": ["gamma", "mu"]}, "spent": {"failures": [0, 0]}, "strategies": [record],
-            "comparison": None}
+    return {"asked": {"parameters": ["gamma", "mu"], "on_failure": "drop"}, "strategies": [record],
+            "levels": [{"name": "low", "cost": 1.0}, {"name": "high", "cost": 10.0}],
+            "spent": {"n": [100, 27], "failures": [0, 0]}, "comparison": None}
 
 
 def score(mean, error=0.1):
@@ -30,7 +31,7 @@ def score(mean, error=0.1):
     ("changes", "said", "unsaid"),
     [
         ({}, ["worth 1.17 +- 0.05 nats more", "consistent with what happens: 90% regions hold the truth in 90%"],
-         ["ranks", "left out"]),
+         ["ranks", "failed"]),
         ({"nlpd": score(0.9)}, ["worse than the prior by 0.63", "do not use it"], []),
         ({"nlpd": score(0.25)}, ["cannot be told from the prior"], []),
         ({"nlpd": score(math.inf, math.nan)}, ["no density at all", "must not be used"], []),
@@ -61,13 +62,34 @@ def test_unchecked_and_failing_runs_say_so():
     unchecked = make_results()
     unchecked["strategies"][0]["checks"] = None
     assert "Do not trust" in verdict(unchecked)[0]
-    assert "3 rows" in verdict({**make_results(), "spent": {"failures": [0, 3]}})[-1]
     stuck = make_results()
     stuck["strategies"][0]["posterior"] = {"mcmc": {"warning": "It is stuck."}}
     assert "The chain of the observation has not converged: It is stuck." in verdict(stuck)
     unobserved = make_results()
     unobserved["strategies"][0]["posterior"] = None
     assert len(verdict(unobserved)) == 2
+
+
+@pytest.mark.parametrize(("on_failure", "done"), [
+    ("drop", "left out with their twins"), ("redraw", "replaced by others, with their twins"),
+    (None, "left out with their twins"),  # runs from before there was a choice
+])  # fmt: skip
+def test_failed_rows_are_told_by_level_with_what_was_done(on_failure, done):
+    results = {**make_results(), "spent": {"n": [100, 27], "failures": [0, 3]}}
+    results["asked"]["on_failure"] = on_failure
+    told = f"3 of 30 rows (10.0%) of level 'high' failed and were {done}: what is learned holds for the part of"
+    assert verdict(results)[-1].startswith(told)
+    assert lost_rows(results) == verdict(results)[-1:]
+    del results["asked"]["on_failure"]
+    assert "left out" in verdict(results)[-1]
+    results["spent"]["failures"] = [100, 3]
+    assert verdict(results)[-1].startswith("100 of 200 rows (50.0%) of level 'low', 3 of 30 rows")
+
+
+def test_the_level_that_lost_most():
+    assert worst_level(make_results()) is None
+    assert worst_level({}) is None
+    assert worst_level({"spent": {"n": [9, 9, 9], "failures": [1, 4, 4]}}) == 1
 
 
 def test_a_comparison_names_the_best_and_how_far_behind_the_others_are():

@@ -19,6 +19,8 @@ from mlsbi.report.elements import number, table
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
 from mlsbi.report.wording import give_or_take
+from mlsbi.simulation.records import Records, Stream
+from mlsbi.simulation.store import create_store
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -182,8 +184,9 @@ def test_all_sections_in_order_with_the_verdict_first(tmp_path):
     assert page.of("h2") == ["In short", *SECTIONS]
     assert page.of("h1") == ["Ornstein-Uhlenbeck"]
     assert page.text.index("Informative and calibrated, ± −0.3.") < page.text.index("What was asked")
-    for said in ("11,000 units", "2,000", "101 runs of the finest level alone", "3 rows were left out", "800 + 80",
-                 "25%", "Take more pilot rows.", "mlsbi run ou --budget 11000 --out runs/ou", "torch 2.13.0", "seed 7",
+    for said in ("11,000 units", "2,000", "101 runs of the finest level alone", "800 + 80",
+                 "3 of 83 rows (3.6%) of level 'euler' failed", "25%", "Take more pilot rows.",
+                 "mlsbi run ou --budget 11000 --out runs/ou", "torch 2.13.0", "seed 7",
                  "data.npz", "tells most about mu", "51%", "batch size none", "project no", "posterior network",
                  "multilevel/model, multilevel/posterior_samples.csv", "Figure of merit: 39.6 ± 3.2",
                  "0.021. A posterior without fault gives 0.022 ± 0.011", "(TARP) 0.33", "mu 0.36 0.52"):  # fmt: skip
@@ -400,6 +403,71 @@ def test_chains_of_several_strategies_are_compared(tmp_path):
     text = write(tmp_path, make_comparison(first, second, best=best), figures=())
     assert ["transfer", "49%", "91%", "0.6", "0.33", "0.2", "0.021", "75%"] in rows_of(text)
     assert "Of the observation's chain: Stuck." in Reader(text).text
+
+
+def test_failed_rows_are_told_with_their_map(tmp_path):
+    results = make_results()
+    text = write(tmp_path, results, (*FIGURES, "failures"))
+    page = Reader(text)
+    assert ["euler", "80", "80", "3", "3.6%", "0.4"] in rows_of(text)
+    assert ["stationary", "2,000", "2,144", "0", "0%", "0.02"] in rows_of(text)
+    assert page.tags.count("img") == len(FIGURES) + 1
+    for said in ("left out with their twins", "raises an error, runs out of time", "level is 'euler'",
+                 "Below the diagonal"):
+        assert said in page.text, said
+    assert "cannot be drawn" not in page.text
+    section = text[text.index('id="what-was-spent"') : text.index('id="how-training-went"')]
+    assert section.count("<img") == 1
+    results["asked"].update(on_failure="redraw", parameters=["gamma"])
+    text = write(tmp_path, results)
+    assert "replaced by others" in text
+    assert "Below the diagonal" not in text
+
+
+def test_failed_rows_without_a_store_have_no_map_and_the_report_says_so(tmp_path):
+    text = write(tmp_path, make_results())
+    assert "cannot be drawn: the run's store" in text.replace("&#x27;", "'")
+
+
+def test_runs_without_failed_rows_have_no_word_on_them(tmp_path):
+    results = make_results()
+    results["spent"]["failures"] = [0, 0]
+    text = write(tmp_path, results, (*FIGURES, "failures"))  # a figure left over is not shown
+    page = Reader(text)
+    assert "No row failed." in page.text
+    assert "Rows that failed" not in page.text
+    assert "share that failed" not in page.text
+    assert page.tags.count("img") == len(FIGURES)
+
+
+def write_store(folder, failed):
+    """A run's store, 40 rows of its finest level; those in `failed` went wrong."""
+    store = create_store(folder / "store", {}, ["stationary", "euler"], ["gamma", "mu"])
+    theta = np.random.default_rng(0).uniform(size=(40, 2)).astype(np.float32)
+    status = np.isin(np.arange(40), failed).astype(np.uint8)
+    ones = np.ones((40, 2))
+    with store.writing() as writer:
+        writer.add(Stream(7, 1, (0, 1)), Records(
+            np.arange(40), theta, (ones, ones), status, ones.astype(int), ones, dict.fromkeys(failed, "no luck")))
+
+
+@pytest.mark.parametrize(("store", "drawn"), [("whole", True), ("repaired", False), ("damaged", False),
+                                              ("gone", False), ("unnamed", False)])
+def test_the_map_of_failures_is_drawn_from_the_store(tmp_path, store, drawn):
+    results = {**make_results(), "pilot": None}
+    results["files"] = {"data": "data.npz", "reference": None} | ({} if store == "unnamed" else {"store": "store"})
+    write_run(tmp_path, results)
+    if store != "gone":
+        write_store(tmp_path, [] if store == "repaired" else [1, 5, 6])
+    if store == "damaged":
+        (shard,) = (tmp_path / "store" / "rows").iterdir()
+        content = bytearray(shard.read_bytes())
+        content[-300] ^= 1
+        shard.write_bytes(bytes(content))
+    names = {path.stem for path in draw_figures(tmp_path)}
+    assert ("failures" in names) == drawn
+    assert {"coupled", "losses", "posterior"} <= names
+    assert ("cannot be drawn" in write_report(tmp_path).read_text(encoding="utf-8")) == (not drawn)
 
 
 def write_run(folder, results):

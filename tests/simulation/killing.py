@@ -201,7 +201,7 @@ def kill_and_resume(folder: Path, *, kills: int, workers: int, seed: int, remove
         remove: Whether a file of finished rows is removed after the last kill: the account must show them.
     """
     chance = random.Random(seed)
-    n = (4000 * kills + 16000, 30 * kills + 120, 80 * kills + 320)
+    n = (4000 * kills + 8000, 30 * kills + 60, 80 * kills + 240)
     simulations = (n[0] + n[1], n[1] + n[2], n[2])
     account, orphans = Account(folder), []
     for turn in range(kills):
@@ -223,7 +223,8 @@ def kill_and_resume(folder: Path, *, kills: int, workers: int, seed: int, remove
     os.environ.pop("KILLING_LOG")
     again = log.total() - len(log) - replays - account.removed_ran_again
     return {
-        "kills": kills, "workers": workers, "finished_ran_again": account.ran_again, "finished_vanished": account.vanished,
+        "kills": kills, "workers": workers,
+        "finished_ran_again": account.ran_again, "finished_vanished": account.vanished,
         "finished_at_each_kill": account.held[:-1], "longest_orphan_seconds": max(orphans),
         "removed": len(account.removed), "removed_ran_again": account.removed_ran_again,
         "rows": sum(n), "simulations": sum(simulations), "different_ones_started": len(log), "started": log.total(),

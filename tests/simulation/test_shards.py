@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.shards import (
-    DamagedShardError,
-    Ranges,
-    Replay,
-    encode,
-    join,
-    read_meta,
-    read_records,
-    split,
-)
+from mlsbi.simulation.joining import join, split
+from mlsbi.simulation.ranges import Ranges
+from mlsbi.simulation.shards import DamagedShardError, Replay, encode, read_meta, read_records
 
 STREAM = Stream(7, 1, (0, 1))
 INDICES = st.sets(st.integers(0, 30))

@@ -18,11 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlsbi.simulation import catalogue, repacking, writing
 from mlsbi.simulation import shards as shards_module
-from mlsbi.simulation import store as store_module
 from mlsbi.simulation.records import OK, Records, Stream
 from mlsbi.simulation.seeding import JOINT_STREAM, TEST_STREAM
-from mlsbi.simulation.shards import Ranges, write_file
+from mlsbi.simulation.files import write_file
+from mlsbi.simulation.ranges import Ranges
 from mlsbi.simulation.store import StoreError, create_store, open_store
 
 LOW, HIGH = Stream(1, 0, (0,)), Stream(1, 1, (0, 1))
@@ -87,7 +88,7 @@ def test_slow_rows_are_on_disk_when_add_returns_and_cheap_ones_soon(tmp_path, mo
         assert open_store(store.path).missing(LOW, 0, 2) == []
         writer.add(HIGH, make([0], HIGH))
         later = time.monotonic() + 0.6
-        monkeypatch.setattr(store_module.time, "monotonic", lambda: later)
+        monkeypatch.setattr(writing.time, "monotonic", lambda: later)
         writer.tick()
         assert open_store(store.path).missing(HIGH, 0, 1) == []
 
@@ -140,7 +141,7 @@ def test_failures_say_what_happened(tmp_path):
 def test_only_shards_with_failures_are_read_for_them(tmp_path, monkeypatch):
     store = fill(new(tmp_path), (LOW, make(range(5))), (LOW, make([7], status=1)))
     read = []
-    monkeypatch.setattr(store_module, "read_records", lambda path, *a, **k: read.append(path) or
+    monkeypatch.setattr(catalogue, "read_records", lambda path, *a, **k: read.append(path) or
                         shards_module.read_records(path, *a, **k))
     assert len(store.failures()) == 1
     assert len(read) == 1
@@ -268,7 +269,7 @@ def test_compacting_changes_no_record(tmp_path):
 
 
 def test_compacting_keeps_to_the_size_of_a_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "LARGEST", 5000)
+    monkeypatch.setattr(repacking, "LARGEST", 5000)
     store = fill(new(tmp_path), *((LOW, make(range(i, 1000, 10), width=4)) for i in range(10)))
     before = store.data()
     store.compact()
@@ -283,7 +284,7 @@ def test_compacting_keeps_to_the_size_of_a_shard(tmp_path, monkeypatch):
 
 
 def test_small_shards_are_joined_on_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_MANY", 8)
+    monkeypatch.setattr(repacking, "_MANY", 8)
     store = new(tmp_path)
     with store.writing() as writer:
         for row in range(100):
@@ -491,7 +492,7 @@ def scenario(folder, done):
 
 def run_scenario(folder, monkeypatch, k, how, done):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_MANY", 2)
+        patch.setattr(repacking, "_MANY", 2)
         count = stop_at(patch, k, how)
         scenario(folder, done)
     return count[0]
@@ -667,7 +668,7 @@ def test_a_foreign_file_is_refused_until_it_is_moved(tmp_path):
 def test_joining_small_shards_leaves_damaged_ones_alone(tmp_path, monkeypatch):
     store = fill(new(tmp_path), *((LOW, make([row], width=50)) for row in range(4)))
     name = flip_an_output(store, 2)
-    monkeypatch.setattr(store_module, "_MANY", 2)
+    monkeypatch.setattr(repacking, "_MANY", 2)
     with pytest.warns(UserWarning, match="rows 2 to 2"):
         fill(store, (LOW, make([9], width=50)))
     assert list(store.damaged) == [name]
@@ -740,7 +741,7 @@ def test_records_that_do_not_fit_are_refused(tmp_path, records, match):
 
 
 def test_a_thousand_shards_open_fast(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_MANY", 10**9)
+    monkeypatch.setattr(repacking, "_MANY", 10**9)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     fill(new(tmp_path), *((LOW, make(range(i * 1000, i * 1000 + 1000), width=1, cost=1e-7)) for i in range(1000)))
     best = min(timed(lambda: open_store(tmp_path / "store").missing(LOW, 0, 10**6)) for _ in range(3))
