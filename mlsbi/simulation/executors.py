@@ -80,9 +80,13 @@ class Workers:
             return
         # Loky can kill its workers, the standard library cancel what has not begun; Dask's cancels everything.
         for options in ({"kill_workers": True}, {"cancel_futures": True}, {}):
-            with contextlib.suppress(TypeError):
+            try:
                 pool.shutdown(wait="kill_workers" in options, **options)  # killed ones are soon waited for
-                return
+            except TypeError:
+                continue
+            except Exception:  # noqa: BLE001, S110  # gone already, with its cluster; that error is on its way
+                pass
+            return
 
     def close(self) -> None:
         """Shuts an executor of ours down, which has nothing left to do."""
@@ -159,5 +163,11 @@ def _watch(parent: int) -> None:
 def _width_of(pool: Executor) -> int:
     client = getattr(pool, "_client", None)
     if client is not None and hasattr(client, "nthreads"):
-        return sum(client.nthreads().values()) or 1
+        try:
+            now = sum(client.nthreads().values())
+        except Exception:  # noqa: BLE001  # the cluster is gone, as what is submitted next will tell
+            return 1
+        # A cluster that adapts starts no more workers than there are calls waiting.
+        most = getattr(getattr(getattr(client, "cluster", None), "_adaptive", None), "maximum", math.inf)
+        return max(now, int(most)) if math.isfinite(most) else now
     return int(getattr(pool, "_max_workers", None) or _UNKNOWN_WIDTH)

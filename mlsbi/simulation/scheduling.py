@@ -40,6 +40,8 @@ _TRIES = 3  # times that a worker may die of a row, the last of them with nothin
 _ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
 _MOST_REDRAWN = 10  # times the rows wanted, and 100, that redrawing may run
 _FAILURES_KEPT = 5  # shown in an error
+_GONE = ("The executor takes no more work: was it shut down, or its cluster? What was finished is kept in the store, "
+         "or without one as this error's `data`. Call again with a running one.")
 
 
 class SimulationError(RuntimeError):
@@ -98,7 +100,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._again: deque[Batch] = deque()
         self._flying: dict[Future[Any], Batch] = {}
-        self._stopped: SimulationError | None = None
+        self._stopped: Exception | None = None
 
     def probe(self, terms: Sequence[Term]) -> None:
         """Runs the first rows of terms of which none is finished, and sees to it that levels keep their contract."""
@@ -183,7 +185,10 @@ class Runner:
                                          expected, guard=batch.guard, plain=not self.workers.serial)
         except Exception as error:
             if not worker_died(error):
-                raise
+                shut_down = isinstance(error, RuntimeError) or "Closed" in type(error).__name__
+                if self.workers.serial or not shut_down:
+                    raise
+                raise SimulationError(_GONE) from error
             future = Future()
             future.set_exception(error)
         self._flying[future] = batch
@@ -196,19 +201,20 @@ class Runner:
             batch = self._flying.pop(future)
             if future.cancelled():
                 if self._stopped is None:
-                    raise SimulationError("The executor cancelled what it was given: was it shut down, or its cluster? "
-                                          "Call again with a running one.")
+                    raise SimulationError(_GONE)
                 continue
             error = future.exception()
             if error is None:
                 self._take(batch, future.result())
             elif worker_died(error):
                 died.append((batch, error))
-            elif isinstance(error, ValueError):
-                raise error  # of a level that does not keep its contract
+            elif isinstance(error, ValueError):  # of a level that does not keep its contract
+                self._stop(error)
             else:
-                raise SimulationError(f"The executor could not run {self._name([batch])}: {type(error).__name__}: "
-                                      f"{error} Can the simulators be pickled?") from error
+                refusal = SimulationError(f"The executor could not run {self._name([batch])}: {type(error).__name__}: "
+                                          f"{error} Can the simulators be pickled?")
+                refusal.__cause__ = error
+                self._stop(refusal)
         if died:
             self._mourn(died)
         if self.ledger is not None:
@@ -217,6 +223,7 @@ class Runner:
     def _mourn(self, died: list[tuple[Batch, BaseException]]) -> None:
         """Looks after batches whose worker died: tries them again, in the end one by one, to find which is to blame."""
         if any(type(error).__name__ != "KilledWorker" for _, error in died):  # the pool broke: all in it is lost
+            self._take_what_is_done()
             died += [(batch, died[0][1]) for batch in self._flying.values()]
             self._flying.clear()
             if not self.workers.renewable:
@@ -302,9 +309,7 @@ class Runner:
 
     def _fail(self, term: Term, failed: int, error: BaseException | None) -> None:
         if self.on_failure == "raise":
-            self._stopped = self._stopped or self.refuse(term, error)
-            for future in self._flying:
-                future.cancel()
+            self._stop(self.refuse(term, error))
             return
         if not term.finished and term.done >= min(_ALL_FAILED, term.n):
             raise SimulationError(f"Every one of the first {term.done} rows of level '{term.label}' failed. Check the "
@@ -317,6 +322,12 @@ class Runner:
                     f"succeed, or mend the simulator. {self._sentences(term)}", self._messages(term))
             term.extend(failed)
             self.progress.extend(term.place, failed)
+
+    def _stop(self, error: Exception) -> None:
+        """Begins nothing more; the error is raised once what is running has finished."""
+        self._stopped = self._stopped or error
+        for future in self._flying:
+            future.cancel()
 
     def refuse(self, term: Term, error: BaseException | None = None, *, before: str = "") -> SimulationError:
         """The error that ends a campaign because rows of a term failed."""
@@ -368,13 +379,14 @@ class Runner:
 
     def _keep_what_is_done(self) -> None:
         """Takes what came back in the meantime, for a campaign that is being left."""
+        self._stopped = self._stopped or SimulationError("left")
+        self._take_what_is_done()
+
+    def _take_what_is_done(self) -> None:
         for future, batch in list(self._flying.items()):
-            if future.done() and not future.cancelled() and future.exception() is None and not batch.replay:
+            if future.done() and not future.cancelled() and future.exception() is None:
                 del self._flying[future]
-                outcome = future.result()
-                if not outcome.whole:
-                    self._stopped = self._stopped or SimulationError("left")
-                    self._take(batch, outcome)
+                self._take(batch, future.result())
 
     def _first_batch(self, term: Term) -> int:
         rows = sum(stop - start for start, stop in term.missing)

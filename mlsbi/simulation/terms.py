@@ -92,7 +92,7 @@ class Term:
         if self.theta is None:
             self.theta = torch.empty(len(self.status), records.theta.shape[1], dtype=_float_of(records.theta))
         self.theta[at] = torch.from_numpy(records.theta)
-        if not records.outputs:
+        if not (records.status == OK).any():  # nobody asks for the outputs of failed rows, and some have none
             return
         if not self.outputs:
             self.dtypes = [output.dtype for output in records.outputs]

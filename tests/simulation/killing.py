@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, open_store, per_sample, simulate
+from mlsbi.simulation.scheduling import REPLAYED
 
 ENTRY = np.dtype([("level", "u1"), ("theta", "V12"), ("pid", "<i4")])
 SECONDS = (5e-5, 0.004, 0.012)  # of one run of each level
@@ -151,9 +152,9 @@ def finished(folder: Path) -> tuple[set[tuple[int, bytes]], set[tuple[int, bytes
     for stream in store.streams:
         thetas = [records.theta[place].tobytes() for records in store.read(stream) for place in range(len(records))]
         done |= {(level, theta) for level in stream.levels for theta in thetas}
-        if not store.replayed(stream):
-            replayable |= {(stream.levels[-1], theta) for theta in thetas[:2]}
-        replays += int(store.replays(stream)[0].sum())
+        runs = store.replays(stream)[0]
+        replayable |= {(stream.levels[-1], theta) for theta in thetas[: REPLAYED - int(runs.max())]}
+        replays += int(runs.sum())
     return done, replayable, replays
 
 

@@ -225,6 +225,20 @@ def test_failures_in_a_store_are_told_before_anything_is_run(tmp_path):
     assert len(calls) == 40 + 40 - data.n[1] + more.failures[1] - data.failures[1]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("top", [raising, raising_row, nan], ids=["exception", "row", "nan"])
+@pytest.mark.filterwarnings("ignore:Left out rows")
+def test_going_on_after_failures_gives_what_dropping_them_at_once_does(top, seed, tmp_path):
+    with pytest.raises(SimulationError):
+        run(stack_of(top), seed=seed, store=tmp_path / "store")
+    data, at_once = (run(stack_of(top), seed=seed, on_failure="drop", **more) for more in
+                     ({"store": tmp_path / "store"}, {}))
+    for one, other in zip(data, at_once, strict=True):
+        assert torch.equal(one.theta, other.theta)
+        assert torch.equal(one.fine, other.fine)
+    assert torch.equal(data.levels[1].coarse, at_once.levels[1].coarse)
+
+
 def test_failed_rows_can_be_run_again(tmp_path):
     broken = [True]
 

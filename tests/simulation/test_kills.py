@@ -1,6 +1,7 @@
 """Whatever dies, nothing that was finished is lost, run twice or changed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -91,19 +92,21 @@ def same(one, other) -> bool:
 
 
 def poison(stack, rows, *, seed=1, stream=1):
-    """The row of a stream with the largest first parameter, and a value that only this row exceeds."""
+    """The row with the largest first parameter, a value that only this row exceeds, and one that one more does."""
     theta, _ = RowSource(stack, seed=seed, stream=stream).rows(0, rows)
-    row, next_row = theta[:, 0].argsort(descending=True)[:2].tolist()
-    return row, float(theta[row, 0] + theta[next_row, 0]) / 2
+    order = theta[:, 0].argsort(descending=True)
+    values = theta[order, 0].tolist()
+    return int(order[0]), (values[0] + values[1]) / 2, (values[1] + values[2]) / 2
 
 
-def deadly_above(limit, marker=None):
-    """Kills its process for some theta; with a marker, only if no process did so before."""
+def deadly_above(limit, *, once=math.inf, marker=None):
+    """Kills its process for some theta: above `limit` always, above `once` if no process did so before."""
 
     def simulate_row(theta, seed):
-        if theta[0] > limit and not (marker is not None and os.path.exists(marker)):
-            if marker is not None:
-                open(marker, "x").close()
+        if theta[0] > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if theta[0] > once and not os.path.exists(marker):
+            open(marker, "x").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return one_seed_a_row(theta, seed)
 
@@ -111,10 +114,12 @@ def deadly_above(limit, marker=None):
 
 
 def test_a_row_that_kills_its_worker_is_found_and_the_rest_is_finished(tmp_path):
-    row, limit = poison(make(one_seed_a_row), 12)
+    row, limit, once = poison(make(one_seed_a_row), 12)
+    stack = make(deadly_above(limit, once=once, marker=str(tmp_path / "died")))
     options = {"seed": 1, "store": tmp_path / "store", "batch_size": 1, "progress": False}
     with pytest.warns(UserWarning, match="1 of 12 at level 'dear'"):
-        data = simulate(make(deadly_above(limit)), (20, 12), workers=2, on_failure="drop", **options)
+        data = simulate(stack, (20, 12), workers=2, on_failure="drop", **options)
+    assert os.path.exists(tmp_path / "died")  # the row whose worker died once is among the finished ones
     whole = simulate(make(one_seed_a_row), (20, 12), seed=1, progress=False)
     rest = [place for place in range(12) if place != row]
     assert data.n == (20, 11)
@@ -126,21 +131,22 @@ def test_a_row_that_kills_its_worker_is_found_and_the_rest_is_finished(tmp_path)
     assert store.failed(Stream(1, 1, (0, 1))) == {row: STATUSES.index("worker died")}
     assert store.failures()["message"].str.contains("died 3 times while it ran this row, the last time alone").all()
     with pytest.warns(UserWarning, match="1 of 12"):  # and nothing is tried again: it would end this process
-        again = simulate(make(deadly_above(limit)), (20, 12), on_failure="drop", **options)
+        again = simulate(stack, (20, 12), on_failure="drop", **options)
     assert same(again, data)
 
 
+@pytest.mark.slow
 def test_a_row_whose_worker_dies_once_is_finished(tmp_path):
-    _, limit = poison(make(one_seed_a_row), 12)
-    marker = str(tmp_path / "died")
-    data = simulate(make(deadly_above(limit, marker)), (20, 12), seed=1, workers=2, batch_size=2, progress=False)
-    assert os.path.exists(marker)
+    _, once, _ = poison(make(one_seed_a_row), 12)
+    stack = make(deadly_above(math.inf, once=once, marker=str(tmp_path / "died")))
+    data = simulate(stack, (20, 12), seed=1, workers=2, batch_size=2, progress=False)
+    assert os.path.exists(tmp_path / "died")
     assert same(data, simulate(make(one_seed_a_row), (20, 12), seed=1, progress=False))
 
 
 @pytest.mark.slow
 def test_the_one_deadly_row_of_a_large_batch_is_found():
-    row, limit = poison(make(one_seed_a_row), 40)
+    row, limit, _ = poison(make(one_seed_a_row), 40)
     with pytest.warns(UserWarning, match="1 of 40 at level 'dear'"):
         data = simulate(make(deadly_above(limit)), (20, 40), seed=1, workers=2, on_failure="drop", batch_size=16,
                         progress=False)
@@ -150,7 +156,7 @@ def test_the_one_deadly_row_of_a_large_batch_is_found():
 
 @pytest.mark.slow
 def test_a_deadly_row_ends_a_campaign_that_is_not_to_drop_rows(tmp_path):
-    row, limit = poison(make(one_seed_a_row), 12)
+    row, limit, _ = poison(make(one_seed_a_row), 12)
     with pytest.raises(SimulationError, match=f"Row {row} .*worker died"):
         simulate(make(deadly_above(limit)), (20, 12), seed=1, workers=2, store=tmp_path / "store", batch_size=1,
                  progress=False)
@@ -158,24 +164,23 @@ def test_a_deadly_row_ends_a_campaign_that_is_not_to_drop_rows(tmp_path):
     assert len(done) > 0  # what was finished before, or was under way, is kept
 
 
-def test_a_broken_pool_is_made_anew_if_it_is_known_how(tmp_path):
-    _, limit = poison(make(one_seed_a_row), 12)
+def test_a_broken_pool_is_made_anew_if_it_is_known_how(tmp_path, monkeypatch):
+    _, once, _ = poison(make(one_seed_a_row), 12)
     lasting = make(pickled_for_the_standard_pool)
-    os.environ["DEADLY_ABOVE"], os.environ["DEADLY_MARKER"] = str(limit), str(tmp_path / "died")
-    try:
-        with ProcessPoolExecutor(2) as pool, pytest.raises(SimulationError, match="Pass a function that makes an executor"):
-            simulate(lasting, (20, 12), seed=1, executor=pool, batch_size=2, progress=False, store=tmp_path / "store")
-        os.remove(tmp_path / "died")
-        data = simulate(lasting, (20, 12), seed=1, executor=lambda: ProcessPoolExecutor(2), batch_size=2,
-                        progress=False, store=tmp_path / "store")
-        assert os.path.exists(tmp_path / "died")
-    finally:
-        del os.environ["DEADLY_ABOVE"], os.environ["DEADLY_MARKER"]
+    monkeypatch.setenv("DEADLY_ONCE_ABOVE", str(once))
+    monkeypatch.setenv("DEADLY_MARKER", str(tmp_path / "died"))
+    with ProcessPoolExecutor(2) as pool, pytest.raises(SimulationError, match="a function that makes an"):
+        simulate(lasting, (20, 12), seed=1, executor=pool, batch_size=2, progress=False, store=tmp_path / "store")
+    os.remove(tmp_path / "died")
+    data = simulate(lasting, (20, 12), seed=1, executor=lambda: ProcessPoolExecutor(2), batch_size=2,
+                    progress=False, store=tmp_path / "store")
+    assert os.path.exists(tmp_path / "died")
     assert same(data, simulate(make(one_seed_a_row), (20, 12), seed=1, progress=False))
 
 
 def pickled_for_the_standard_pool(theta, seed):
-    return deadly_above(float(os.environ["DEADLY_ABOVE"]), os.environ["DEADLY_MARKER"])(theta, seed)
+    once, marker = float(os.environ["DEADLY_ONCE_ABOVE"]), os.environ["DEADLY_MARKER"]
+    return deadly_above(math.inf, once=once, marker=marker)(theta, seed)
 
 
 # Workers and batches
@@ -205,7 +210,7 @@ def whole_numbers():
     )
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def pool(request):
     with LokyExecutor(request.param) as executor:
         yield executor

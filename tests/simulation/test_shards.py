@@ -7,16 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.joining import join, split
-from mlsbi.simulation.ranges import Ranges
 from mlsbi.simulation.shards import DamagedShardError, Replay, encode, read_meta, read_records
 
 STREAM = Stream(7, 1, (0, 1))
-INDICES = st.sets(st.integers(0, 30))
 
 
 def make(index, *, status=0, dtype=np.float32, shape=(3,), seconds=0.25, message=None, noise_seed=False):
@@ -34,20 +29,6 @@ def put(folder, records, stream=STREAM) -> Path:
     shard, data = encode(stream, records)
     (folder / shard.name).write_bytes(data)
     return folder / shard.name
-
-
-@given(INDICES, INDICES)
-def test_ranges_are_sets(one, other):
-    a, b = Ranges.of(list(one)), Ranges.of(list(other))
-    assert set((a | b).indices().tolist()) == one | other
-    assert set((a - b).indices().tolist()) == one - other
-    assert set((a & b).indices().tolist()) == one & other
-    assert (a | b) == Ranges.of(sorted(one | other))
-    assert (a - b) == Ranges.of(sorted(one - other))
-    everything = np.arange(40)
-    assert np.flatnonzero(a.holds(everything)).tolist() == sorted(one)
-    assert a.rank(everything).tolist() == [sum(i < j for i in one) for j in range(40)]
-    assert len(a) == len(one)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32, np.uint8, bool])
@@ -96,38 +77,6 @@ def test_names_stay_short():
 def test_a_long_seed_comes_back(tmp_path):
     path = put(tmp_path, make([0]), Stream(10**80, 1, (0, 1)))
     assert read_meta(path).stream.seed == 10**80
-
-
-def test_failed_rows_join_finished_ones_and_keep_their_messages():
-    joined, = join([make([4], status=1, message="boom"), make([3, 5])])
-    assert joined.index.tolist() == [3, 4, 5]
-    assert joined.messages == {1: "boom"}
-    assert np.isnan(joined.outputs[0][1]).all()
-    assert not np.isnan(joined.outputs[0][[0, 2]]).any()
-    integers, = join([make([4], status=1), make([3], dtype=np.int64)])
-    assert integers.outputs[0].dtype == np.int64
-    assert (integers.outputs[0][1] == 0).all()
-
-
-def test_joining_drops_repetitions_but_no_second_try():
-    once = join([make([1, 2]), make([2, 3])])[0]
-    assert once.index.tolist() == [1, 2, 3]
-    tries = join([make([1], status=1), make([1], seconds=0.5), make([1])])[0]
-    assert tries.index.tolist() == [1, 1, 1]
-    assert tries.status.tolist() == [0, 0, 1]
-
-
-def test_other_dtypes_and_shapes_stay_apart():
-    assert len(join([make([1]), make([2], dtype=float), make([3], shape=(4,))])) == 3
-
-
-def test_splitting_keeps_rows_and_the_limit():
-    records = make(range(100), shape=(10,))
-    pieces = split(records, largest=1000)
-    assert all(piece.nbytes <= 1000 for piece in pieces)
-    assert len(pieces) < 20
-    assert np.array_equal(np.concatenate([piece.index for piece in pieces]), records.index)
-    assert len(split(records, largest=1)) == 100
 
 
 def rename_to_content(path: Path, data: bytes) -> Path:

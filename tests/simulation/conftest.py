@@ -1,0 +1,6 @@
+r"""Makes `stores`, which several tests of this folder import, importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
