@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -70,6 +71,39 @@ def test_interrupted_from_the_keyboard(whom):
     assert found["finished"] > 0
     assert found["begun_and_not_kept"] <= 4 * workers
     assert found["identical"]
+
+
+@ON_LINUX
+@pytest.mark.slow
+def test_programs_of_a_killed_campaign_end_with_it(tmp_path):
+    code = f"""
+import sys
+from mlsbi import BoxPrior, Level, LevelStack, command, simulate
+program = "import os, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'x'); time.sleep(1000 * {{rate}})"
+level = Level("endless", command([sys.executable, "-c", program], parameters=["rate"]))
+simulate(LevelStack(BoxPrior([1.0], [2.0]), "seed", [level]), 9, seed=1, workers=2, batch_size=1, progress=False)
+"""
+    campaign = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    assert comes_true(lambda: len(list(tmp_path.iterdir())) > 0)
+    programs = [int(path.name) for path in tmp_path.iterdir()]
+    assert all(map(runs, programs))
+    campaign.kill()
+    campaign.wait()
+    assert comes_true(lambda: not any(map(runs, programs)), seconds=10)
+
+
+def runs(pid) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def comes_true(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 # Workers
