@@ -18,8 +18,8 @@ from runner import summarise, write_result
 
 from mlsbi import NLE, tasks
 from mlsbi.inference.mcmc_posterior import MCMCPosterior
-from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
+from mlsbi.store.records import TEST_STREAM
 
 DRAWS = 1000
 

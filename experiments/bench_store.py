@@ -27,8 +27,8 @@ from bench_basics import in_turn
 from runner import write_result
 
 from mlsbi import BoxPrior, Level, LevelStack, open_store, simulate, tasks
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.store import create_store
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.store import create_store
 
 _VALUES, _PARAMETERS = 1016, 8  # 4096 bytes a row in single precision
 _FLOOR = 2000.0  # records a second that are asked for
@@ -105,10 +105,10 @@ from mlsbi import open_store
 def peak():  # not getrusage, which starts from the peak of the process that started this one
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 """
-_IMPORT = _PEAK + "import torch, mlsbi.simulation.store\nprint(json.dumps({'peak_bytes': peak()}))"
+_IMPORT = _PEAK + "import torch, mlsbi.store.store\nprint(json.dumps({'peak_bytes': peak()}))"
 _STREAM_ALL = _PEAK + """
 import sys
-import torch, mlsbi.simulation.store
+import torch, mlsbi.store.store
 start = time.perf_counter()
 store = open_store(sys.argv[1])
 stream = store.streams[0]

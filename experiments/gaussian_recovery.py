@@ -20,8 +20,8 @@ from torch.distributions import MultivariateNormal
 
 from mlsbi import MDN, NLE, NPE, Level, LevelStack, TrainingOptions, simulate
 from mlsbi.diagnostics import c2st
-from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
+from mlsbi.store.records import TEST_STREAM
 
 STRATEGIES = ("multilevel", "transfer", "high", "low")
 ROWS, DRAWS, OBSERVATIONS, SET = (50_000, 50_000), 2000, 3, 5

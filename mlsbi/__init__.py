@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from mlsbi.priors import BoxPrior
     from mlsbi.simulation.adapters import per_sample
     from mlsbi.simulation.campaign import simulate
-    from mlsbi.simulation.exporting import export_store
     from mlsbi.simulation.merging import merge_stores
     from mlsbi.simulation.programs import command
     from mlsbi.simulation.scheduling import SimulationError
-    from mlsbi.simulation.shards import StoreError
-    from mlsbi.simulation.store import Store, open_store
+    from mlsbi.store.exporting import export_store
+    from mlsbi.store.shards import StoreError
+    from mlsbi.store.store import Store, open_store
     from mlsbi.strategies.multilevel import Multilevel
     from mlsbi.strategies.single_level import SingleLevel
     from mlsbi.strategies.transfer import TransferLearning
@@ -63,12 +63,12 @@ _HOMES = {
     "command": "simulation.programs",
     "per_sample": "simulation.adapters",
     "simulate": "simulation.campaign",
-    "export_store": "simulation.exporting",
+    "export_store": "store.exporting",
     "merge_stores": "simulation.merging",
     "SimulationError": "simulation.scheduling",
-    "Store": "simulation.store",
-    "StoreError": "simulation.shards",
-    "open_store": "simulation.store",
+    "Store": "store.store",
+    "StoreError": "store.shards",
+    "open_store": "store.store",
     "Multilevel": "strategies.multilevel",
     "SingleLevel": "strategies.single_level",
     "TransferLearning": "strategies.transfer",

@@ -11,6 +11,7 @@ ROOT = Path(mlsbi.__file__).parent
 FLOORS = [
     {"randomness", "priors", "data"},
     {"levels"},
+    {"store"},
     {"simulation"},
     {"density"},
     {"training"},
@@ -24,10 +25,10 @@ FLOORS = [
 # Within a folder a file imports only from files listed before it.
 ORDER = {
     "": ["randomness", "priors", "data", "levels", "loading"],
-    "simulation": ["records", "seeding", "adapters", "programs", "sources", "fingerprint", "executors", "locking",
-                   "ranges", "files", "manifest", "joining", "shards", "indexing", "catalogue", "repacking", "writing",
-                   "collecting", "summary", "store", "merging", "exporting", "opening", "execution", "progress",
-                   "terms", "scheduling", "running", "campaign", "sets"],
+    "store": ["records", "ranges", "locking", "files", "manifest", "joining", "shards", "indexing", "catalogue",
+              "repacking", "writing", "collecting", "summary", "store", "exporting"],
+    "simulation": ["seeding", "adapters", "programs", "sources", "fingerprint", "executors", "merging", "opening",
+                   "execution", "progress", "terms", "scheduling", "running", "campaign", "sets"],
     "density": ["standardise", "configs", "splines", "flows", "mixture_density", "embeddings", "registry",
                 "conditional"],
     "training": ["objective", "alignment", "weights", "gradients", "loop"],

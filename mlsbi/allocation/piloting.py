@@ -23,8 +23,8 @@ from mlsbi.randomness import check_device, child_seed
 from mlsbi.simulation.campaign import JointRows, simulate_joint
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
-from mlsbi.simulation.seeding import JOINT_STREAM
-from mlsbi.simulation.store import Store
+from mlsbi.store.records import JOINT_STREAM
+from mlsbi.store.store import Store
 from mlsbi.strategies.fitting import Problem
 from mlsbi.training.loop import Objective, TrainingOptions, minimise
 from mlsbi.training.objective import Term

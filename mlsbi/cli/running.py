@@ -40,7 +40,8 @@ from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
 from mlsbi.simulation.campaign import simulate
 from mlsbi.simulation.running import RunOptions
-from mlsbi.simulation.seeding import TEST_STREAM, RowSource
+from mlsbi.simulation.seeding import RowSource
+from mlsbi.store.records import TEST_STREAM
 from mlsbi.strategies.registry import strategy_to_config
 from mlsbi.training.loop import TrainingError
 from mlsbi.training.objective import Term

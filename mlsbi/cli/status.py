@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlsbi.cli.folders import KEPT, REQUEST, STORE
-from mlsbi.simulation.locking import find_holder
-from mlsbi.simulation.store import Store, StoreError, open_store
+from mlsbi.store.locking import find_holder
+from mlsbi.store.store import Store, StoreError, open_store
 
 __all__ = ["describe", "draw_map"]
 

@@ -15,8 +15,8 @@ from mlsbi.levels import LevelStack
 from mlsbi.loading import load_stack
 from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.running import RunOptions
-from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
+from mlsbi.store.records import TEST_STREAM
 from mlsbi.tasks.task import Likelihood, Reference
 
 __all__ = ["Target", "find_target"]

@@ -13,10 +13,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from mlsbi.plots.style import BLACK, COLOURS, GREY, TEXT, TRUTH, axis_names, dress, new_figure
-from mlsbi.simulation.records import OK
+from mlsbi.store.records import OK
 
 if TYPE_CHECKING:
-    from mlsbi.simulation.store import Store
+    from mlsbi.store.store import Store
 
 __all__ = ["failures", "read_tries"]
 

@@ -17,7 +17,7 @@ from mlsbi.plots.failures import read_tries
 from mlsbi.report.checking import worst_level
 from mlsbi.report.html import read_results
 from mlsbi.report.wording import Record, part, unit_of
-from mlsbi.simulation.store import StoreError, open_store
+from mlsbi.store.store import StoreError, open_store
 from mlsbi.training.loop import History
 
 __all__ = ["draw_figures"]

@@ -14,11 +14,11 @@ from torch import Tensor
 from mlsbi.data import LevelData, MultilevelData, spread
 from mlsbi.levels import LevelStack
 from mlsbi.priors import check_theta
-from mlsbi.simulation.records import OK
 from mlsbi.simulation.running import DROPPING, RunOptions, make_term, run_terms, warn_left_out
 from mlsbi.simulation.scheduling import OnFailure, SimulationError
-from mlsbi.simulation.store import Store
 from mlsbi.simulation.terms import MISSING, Term
+from mlsbi.store.records import OK
+from mlsbi.store.store import Store
 
 __all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlsbi.levels import Level, map_noise
 from mlsbi.simulation.adapters import RowSimulator, noise_of_row
-from mlsbi.simulation.records import OK, STATUSES
+from mlsbi.store.records import OK, STATUSES
 
 __all__ = ["Expected", "Outcome", "run_levels"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlsbi.simulation.fingerprint import compare_stacks
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.records import OK, Records, Stream
-from mlsbi.simulation.shards import Shard, read_bytes, read_records
-from mlsbi.simulation.store import Store, StoreError, open_store
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import OK, Records, Stream
+from mlsbi.store.shards import Shard, read_bytes, read_records
+from mlsbi.store.store import Store, StoreError, open_store
 
 __all__ = ["merge_stores"]
 

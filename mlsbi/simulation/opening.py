@@ -8,7 +8,7 @@ from pathlib import Path
 from mlsbi.levels import LevelStack
 from mlsbi.priors import parameter_names
 from mlsbi.simulation.fingerprint import compare_stacks, describe_stack
-from mlsbi.simulation.store import Store, StoreError, create_store, open_store
+from mlsbi.store.store import Store, StoreError, create_store, open_store
 
 __all__ = ["OtherStackError", "store_for"]
 

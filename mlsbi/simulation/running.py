@@ -18,11 +18,12 @@ from mlsbi.randomness import check_seed
 from mlsbi.simulation.executors import open_workers
 from mlsbi.simulation.opening import store_for
 from mlsbi.simulation.progress import Progress
-from mlsbi.simulation.records import Stream
 from mlsbi.simulation.scheduling import REPLAYED, OnFailure, Runner
 from mlsbi.simulation.seeding import RowSource
-from mlsbi.simulation.store import Store
 from mlsbi.simulation.terms import MISSING, Source, Term, cut_missing
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import Stream
+from mlsbi.store.store import Store
 
 __all__ = ["DROPPING", "RunOptions", "make_term", "run_terms", "warn_left_out"]
 
@@ -92,7 +93,8 @@ def run_terms(
         replayed = [0] * len(terms)
         if kept is not None and writer is not None:
             for term in terms:
-                writer.set_target(term.stream, term.first + term.n)
+                wanted = kept.done(term.stream) | Ranges([(term.first, term.stop)])
+                writer.set_target(term.stream, len(wanted))
             replayed = [_load(kept, term, options) for term in terms]
         costs = None if stack.row_costs is None else [_row_cost(stack, term) for term in terms]
         bars = exits.enter_context(Progress([term.label for term in terms], [len(term.status) for term in terms],

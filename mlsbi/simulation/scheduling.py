@@ -18,9 +18,9 @@ from mlsbi.simulation.adapters import RowSimulator
 from mlsbi.simulation.execution import Expected, Outcome, run_levels
 from mlsbi.simulation.executors import Workers, worker_died
 from mlsbi.simulation.progress import Progress
-from mlsbi.simulation.records import OK, STATUSES, Records, Stream
 from mlsbi.simulation.seeding import BLOCK
 from mlsbi.simulation.terms import Batch, Term
+from mlsbi.store.records import OK, STATUSES, Records, Stream
 
 __all__ = ["REPLAYED", "Ledger", "OnFailure", "Runner", "SimulationError"]
 

@@ -16,19 +16,10 @@ from mlsbi.levels import LevelStack, map_noise
 from mlsbi.priors import sample_prior
 from mlsbi.randomness import check_seed, child_seed
 
-__all__ = ["BLOCK", "JOINT_STREAM", "SET_STREAM", "TEST_STREAM", "RowSource"]
+__all__ = ["BLOCK", "RowSource"]
 
 BLOCK = 1024
 """Rows drawn together."""
-
-JOINT_STREAM = 1 << 16
-"""Random stream of a pilot's joint rows; its independent rows of level l use `JOINT_STREAM + 1 + l`."""
-
-TEST_STREAM = 1 << 17
-"""Random stream of test rows. Streams 0, 1, ... are the levels' own."""
-
-SET_STREAM = 1 << 24
-"""Sets of m outputs are kept as stream `SET_STREAM * m` plus the number of the stream they are drawn from."""
 
 
 class RowSource:

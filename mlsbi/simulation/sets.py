@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mlsbi.levels import LevelStack
-from mlsbi.simulation.records import OK
 from mlsbi.simulation.running import DROPPING, RunOptions, make_term, run_terms, warn_left_out
 from mlsbi.simulation.scheduling import SimulationError
-from mlsbi.simulation.seeding import SET_STREAM, RowSource
+from mlsbi.simulation.seeding import RowSource
+from mlsbi.store.records import OK, SET_STREAM
 
 __all__ = ["simulate_sets"]
 

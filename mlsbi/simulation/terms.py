@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlsbi.levels import Level
-from mlsbi.simulation.records import OK, STATUSES, Records, Stream
+from mlsbi.store.records import OK, STATUSES, Records, Stream
 
 __all__ = ["MISSING", "Batch", "Source", "Term", "cut_missing"]
 

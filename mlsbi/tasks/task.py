@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from mlsbi.data import MultilevelData
 from mlsbi.levels import LevelStack
 from mlsbi.simulation.campaign import simulate, simulate_level
-from mlsbi.simulation.seeding import TEST_STREAM
+from mlsbi.store.records import TEST_STREAM
 
 __all__ = ["Likelihood", "Reference", "Task"]
 

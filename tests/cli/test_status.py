@@ -13,8 +13,8 @@ import pytest
 from mlsbi.cli import status
 from mlsbi.cli.folders import KEPT
 from mlsbi.cli.main import main
-from mlsbi.simulation.records import STATUSES, Records, Stream
-from mlsbi.simulation.store import create_store, open_store
+from mlsbi.store.records import STATUSES, Records, Stream
+from mlsbi.store.store import create_store, open_store
 
 LOW, HIGH = Stream(1, 0, (0,)), Stream(1, 1, (0, 1))
 
@@ -117,7 +117,7 @@ def test_repaired_rows_are_not_failures(tmp_path, capsys):
 
 def test_a_writer_is_named(tmp_path, capsys):
     store = new(tmp_path / "s", (LOW, make(LOW, 20)))
-    code = ("import sys; from mlsbi.simulation.store import open_store\n"
+    code = ("import sys; from mlsbi.store.store import open_store\n"
             "with open_store(sys.argv[1]).writing():\n    print('ready', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code, str(store.path)], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as other:

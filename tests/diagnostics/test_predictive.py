@@ -7,7 +7,8 @@ from torch.distributions import Independent, Normal
 from mlsbi import BoxPrior, Level, LevelStack, simulate
 from mlsbi.diagnostics import posterior_predictive, predictive_levels
 from mlsbi.simulation.campaign import simulate_level
-from mlsbi.simulation.seeding import BLOCK, JOINT_STREAM, TEST_STREAM
+from mlsbi.simulation.seeding import BLOCK
+from mlsbi.store.records import JOINT_STREAM, TEST_STREAM
 
 PRIOR = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
 

@@ -19,8 +19,8 @@ from mlsbi.allocation.optimal import optimal_allocation
 from mlsbi.data import MultilevelData
 from mlsbi.plots.failures import read_tries
 from mlsbi.plots.style import COLOURS, TRUTH
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.store import create_store
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.store import create_store
 from mlsbi.training.loop import History, join_histories
 
 

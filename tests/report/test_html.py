@@ -19,8 +19,8 @@ from mlsbi.report.elements import number, table
 from mlsbi.report.figures import draw_figures
 from mlsbi.report.html import write_report
 from mlsbi.report.wording import give_or_take
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.store import create_store
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.store import create_store
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="

@@ -6,7 +6,8 @@ import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, SimulationError, simulate
 from mlsbi.simulation.campaign import simulate_joint, simulate_level
-from mlsbi.simulation.seeding import BLOCK, TEST_STREAM, RowSource
+from mlsbi.simulation.seeding import BLOCK, RowSource
+from mlsbi.store.records import TEST_STREAM
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0])
 

@@ -17,8 +17,8 @@ import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, SimulationError, open_store, per_sample, simulate
 from mlsbi.simulation.executors import open_workers
-from mlsbi.simulation.records import STATUSES, Stream
 from mlsbi.simulation.seeding import RowSource
+from mlsbi.store.records import STATUSES, Stream
 
 distributed = pytest.importorskip("distributed")
 dask = pytest.importorskip("dask")

@@ -16,8 +16,8 @@ import torch
 from loky import ProcessPoolExecutor as LokyExecutor
 
 from mlsbi import BoxPrior, Level, LevelStack, SimulationError, open_store, per_sample, simulate
-from mlsbi.simulation.records import STATUSES, Stream
 from mlsbi.simulation.seeding import RowSource
+from mlsbi.store.records import STATUSES, Stream
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0])
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")

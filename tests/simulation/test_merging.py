@@ -7,8 +7,8 @@ import torch
 from mlsbi import BoxPrior, Level, LevelStack
 from mlsbi.simulation.fingerprint import describe_stack
 from mlsbi.simulation.merging import merge_stores
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.store import StoreError, create_store, open_store
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.store import StoreError, create_store, open_store
 
 LOW, HIGH = Stream(1, 0, (0,)), Stream(1, 1, (0, 1))
 

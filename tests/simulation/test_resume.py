@@ -9,8 +9,8 @@ import torch
 from mlsbi import BoxPrior, Level, LevelStack, StoreError, open_store, optimal_allocation, pilot, simulate
 from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.running import RunOptions
-from mlsbi.simulation.seeding import TEST_STREAM
 from mlsbi.simulation.sets import simulate_sets
+from mlsbi.store.records import TEST_STREAM
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0], names=["a", "b"])
 

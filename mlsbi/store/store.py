@@ -17,15 +17,15 @@ import numpy as np
 
 from mlsbi.data import LevelData, MultilevelData
 from mlsbi.levels import campaign_cost
-from mlsbi.simulation.catalogue import Catalogue
-from mlsbi.simulation.collecting import collect, read_batches, read_terms
-from mlsbi.simulation.files import StoreError
-from mlsbi.simulation.manifest import make_folder, read_manifest
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.shards import Shard
-from mlsbi.simulation.summary import summarise, tabulate_failures, tabulate_levels
-from mlsbi.simulation.writing import Writer, open_writer
+from mlsbi.store.catalogue import Catalogue
+from mlsbi.store.collecting import collect, read_batches, read_terms
+from mlsbi.store.files import StoreError
+from mlsbi.store.manifest import make_folder, read_manifest
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.shards import Shard
+from mlsbi.store.summary import summarise, tabulate_failures, tabulate_levels
+from mlsbi.store.writing import Writer, open_writer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -279,7 +279,7 @@ def create_store(
 
     Example:
         >>> import tempfile
-        >>> from mlsbi.simulation.records import Records, Stream
+        >>> from mlsbi.store.records import Records, Stream
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = create_store(folder, {}, names=["low", "high"], parameters=["mu"])
         ...     with store.writing() as writer:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlsbi.simulation.records import OK, Records, Stream
-from mlsbi.simulation.store import create_store
+from mlsbi.store.records import OK, Records, Stream
+from mlsbi.store.store import create_store
 
 LOW, HIGH = Stream(1, 0, (0,)), Stream(1, 1, (0, 1))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.joining import Tries, sort_tries
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.shards import Shard
+from mlsbi.store.joining import Tries, sort_tries
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.shards import Shard
 
 __all__ = ["Index", "build_index", "find_sharing"]
 

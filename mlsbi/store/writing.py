@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.catalogue import Catalogue
-from mlsbi.simulation.files import StoreError, remove_unfinished
-from mlsbi.simulation.joining import LARGEST, join, split
-from mlsbi.simulation.locking import LockHeldError, locked
-from mlsbi.simulation.records import OK, STATUSES, Records, Stream
-from mlsbi.simulation.repacking import repack, repack_small
-from mlsbi.simulation.shards import Replay
+from mlsbi.store.catalogue import Catalogue
+from mlsbi.store.files import StoreError, remove_unfinished
+from mlsbi.store.joining import LARGEST, join, split
+from mlsbi.store.locking import LockHeldError, locked
+from mlsbi.store.records import OK, STATUSES, Records, Stream
+from mlsbi.store.repacking import repack, repack_small
+from mlsbi.store.shards import Replay
 
 __all__ = ["Writer", "open_writer"]
 

@@ -3,9 +3,8 @@ import pytest
 import torch
 from stores import HIGH, LOW, fill, make, new
 
-from mlsbi.simulation.records import Stream
-from mlsbi.simulation.seeding import JOINT_STREAM, TEST_STREAM
-from mlsbi.simulation.store import StoreError, open_store
+from mlsbi.store.records import JOINT_STREAM, TEST_STREAM, Stream
+from mlsbi.store.store import StoreError, open_store
 
 PILOT, PILOT_LOW = Stream(3, JOINT_STREAM, (0, 1)), Stream(3, JOINT_STREAM + 1, (0,))
 

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 
-from mlsbi.simulation import locking
-from mlsbi.simulation.locking import LockHeldError, find_holder, locked
+from mlsbi.store import locking
+from mlsbi.store.locking import LockHeldError, find_holder, locked
 
 HOLD = """
 import sys
-from mlsbi.simulation.locking import locked
+from mlsbi.store.locking import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -67,7 +67,7 @@ def test_a_second_thread_is_refused(tmp_path):
 
 
 def try_elsewhere(path) -> str:
-    code = "import sys\nfrom mlsbi.simulation.locking import locked\nwith locked(sys.argv[1]): print('taken')"
+    code = "import sys\nfrom mlsbi.store.locking import locked\nwith locked(sys.argv[1]): print('taken')"
     return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True).stdout.strip()
 
 

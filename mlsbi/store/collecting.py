@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from mlsbi.data import LevelData, MultilevelData
-from mlsbi.simulation.catalogue import Catalogue
-from mlsbi.simulation.files import StoreError
-from mlsbi.simulation.records import Stream
-from mlsbi.simulation.seeding import JOINT_STREAM
+from mlsbi.store.catalogue import Catalogue
+from mlsbi.store.files import StoreError
+from mlsbi.store.records import JOINT_STREAM, Stream
 
 __all__ = ["collect", "read_batches", "read_terms"]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import HIGH, LOW, fill, make, new, same
 
-from mlsbi.simulation.records import OK, Stream
-from mlsbi.simulation.store import create_store, open_store
+from mlsbi.store.records import OK, Stream
+from mlsbi.store.store import create_store, open_store
 
 TRIES = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 0, 1, 2])), min_size=1, max_size=25)
 

@@ -1,7 +1,7 @@
 import numpy as np
 from stores import HIGH, make
 
-from mlsbi.simulation.joining import join, split
+from mlsbi.store.joining import join, split
 
 
 def test_failed_rows_join_finished_ones_and_keep_their_messages():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from stores import HIGH, LOW, in_child, make, new, same
 
-from mlsbi.simulation import repacking
-from mlsbi.simulation.store import StoreError, open_store
+from mlsbi.store import repacking
+from mlsbi.store.store import StoreError, open_store
 
 
 class Stop(BaseException):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.records import OK, Records
+from mlsbi.store.records import OK, Records
 
 __all__ = [
     "LARGEST", "Form", "Order", "Tries", "forms_of", "group_alike", "join", "row_bytes", "sort_tries", "split",

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.files import StoreError
-from mlsbi.simulation.joining import LARGEST, Form, Tries, forms_of
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.records import OK, STATUSES, Records, Stream
+from mlsbi.store.files import StoreError
+from mlsbi.store.joining import LARGEST, Form, Tries, forms_of
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import OK, STATUSES, Records, Stream
 
 __all__ = [
     "DamagedShardError", "Replay", "Shard", "StoreError", "belongs", "encode", "parse_name", "read_bytes",
@@ -68,7 +68,6 @@ class Shard:
         seconds: Time spent in each.
         outputs: Dtype and shape of a row of each level's output; `None` where no row has any.
         theta: Dtype and shape of a row's parameters; `None` for replays.
-        messages: What went wrong most often, with counts.
         size: Bytes of the file.
     """
 
@@ -82,7 +81,6 @@ class Shard:
     seconds: tuple[float, ...]
     outputs: tuple[Form | None, ...]
     theta: Form | None
-    messages: Mapping[str, int]
     size: int
 
     @property
@@ -113,14 +111,10 @@ def encode(stream: Stream, content: Records | Replay) -> tuple[Shard, bytes]:
         if content.noise_seed is not None:
             arrays["noise_seed"] = content.noise_seed
         forms = forms_of(content)
-        counts: dict[str, int] = {}
-        for message in content.messages.values():
-            counts[message[:300]] = counts.get(message[:300], 0) + 1
         meta |= {
             "kind": "records", "ok": list(Ranges.of(index[status == OK])),
             "failed": {str(code): list(Ranges.of(index[status == code])) for code in np.unique(status[status != OK])},
             "theta": forms[0], "outputs": forms[2:],
-            "messages": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]),
         }  # fmt: skip
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # np.savez would accept objects
@@ -254,7 +248,7 @@ def _parse_meta(name: str, meta: Mapping[str, Any], size: int) -> Shard:
         name=name, stream=stream, replays=replays, records=int(meta["rows"]), ok=Ranges(meta.get("ok", ())),
         failed=failed, runs=tuple(int(n) for n in meta["runs"]), seconds=tuple(float(s) for s in meta["seconds"]),
         outputs=tuple(_as_form(form) for form in meta.get("outputs", ())), theta=_as_form(meta.get("theta")),
-        messages=dict(meta.get("messages", {})), size=size,
+        size=size,
     )  # fmt: skip
     ends = [0] if replays else [shard.first, int(shard.rows.pairs[-1, 1]) - 1]
     match = _NAME.fullmatch(name)

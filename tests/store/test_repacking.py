@@ -3,9 +3,9 @@ import os
 import pytest
 from stores import HIGH, LOW, fill, flip_an_output, make, new, same
 
-from mlsbi.simulation import repacking
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.store import open_store
+from mlsbi.store import repacking
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.store import open_store
 
 
 def test_compacting_changes_no_record(tmp_path):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlsbi.simulation.files import TEMPORARY, StoreError, remove_unfinished, write_file
-from mlsbi.simulation.locking import LockHeldError, locked
-from mlsbi.simulation.records import Stream
+from mlsbi.store.files import TEMPORARY, StoreError, remove_unfinished, write_file
+from mlsbi.store.locking import LockHeldError, locked
+from mlsbi.store.records import Stream
 
 __all__ = ["make_folder", "read_manifest", "read_targets", "write_targets"]
 

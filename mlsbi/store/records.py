@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OK", "STATUSES", "Records", "Stream"]
+__all__ = ["JOINT_STREAM", "OK", "SET_STREAM", "STATUSES", "TEST_STREAM", "Records", "Stream"]
 
 STATUSES = ("ok", "exception", "time-out", "not finite", "wrong shape", "worker died")
 """What can become of a row; a record's status is a place in this tuple."""
 
 OK = 0
 """Status of a row that every level finished."""
+
+JOINT_STREAM = 1 << 16
+"""Random stream of a pilot's joint rows; its independent rows of level l use `JOINT_STREAM + 1 + l`."""
+
+TEST_STREAM = 1 << 17
+"""Random stream of test rows. Streams 0, 1, ... are the levels' own."""
+
+SET_STREAM = 1 << 24
+"""Sets of m outputs are kept as stream `SET_STREAM * m` plus the number of the stream they are drawn from."""
 
 Array = np.ndarray[Any, Any]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.shards import DamagedShardError, Replay, encode, read_meta, read_records
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.shards import DamagedShardError, Replay, encode, read_meta, read_records
 
 STREAM = Stream(7, 1, (0, 1))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from stores import LOW, fill, make, new
 
-from mlsbi.simulation.files import write_file
-from mlsbi.simulation.store import StoreError, create_store, open_store
+from mlsbi.store.files import write_file
+from mlsbi.store.store import StoreError, create_store, open_store
 
 
 def test_folders_that_are_no_store(tmp_path):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from stores import HIGH, LOW, fill, in_child, make, new
 
-from mlsbi.simulation import writing
-from mlsbi.simulation.records import Records
-from mlsbi.simulation.store import StoreError, open_store
+from mlsbi.store import writing
+from mlsbi.store.records import Records
+from mlsbi.store.store import StoreError, open_store
 
 
 def test_slow_rows_are_on_disk_when_add_returns_and_cheap_ones_soon(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_second_writer_is_refused(tmp_path):
         for other in (store, open_store(store.path)):
             with pytest.raises(StoreError, match=me), other.writing():
                 pass
-        code = ("import sys\nfrom mlsbi.simulation.store import *\n"
+        code = ("import sys\nfrom mlsbi.store.store import *\n"
                 "try:\n  with open_store(sys.argv[1]).writing(): pass\n"
                 "except StoreError as error: print(error)")
         told = subprocess.run([sys.executable, "-c", code, str(store.path)], capture_output=True, text=True).stdout
@@ -106,7 +106,7 @@ def test_unfinished_files_of_killed_writers_are_removed(tmp_path):
 def test_without_locks_others_unfinished_files_are_left_alone(tmp_path, monkeypatch):
     store = new(tmp_path)
     (store.rows / ".tmp-elsewhere-1-0").write_bytes(b"half")
-    monkeypatch.setattr("mlsbi.simulation.locking.fcntl", None)
+    monkeypatch.setattr("mlsbi.store.locking.fcntl", None)
     with pytest.warns(UserWarning, match="two writers"):
         fill(store, (LOW, make([0])))
     assert (store.rows / ".tmp-elsewhere-1-0").exists()

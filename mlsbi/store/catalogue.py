@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.files import StoreError, list_names, sync_folder, write_file
-from mlsbi.simulation.indexing import Index, build_index, find_sharing
-from mlsbi.simulation.joining import Tries
-from mlsbi.simulation.manifest import read_targets, write_targets
-from mlsbi.simulation.ranges import Ranges
-from mlsbi.simulation.records import OK, Records, Stream
-from mlsbi.simulation.shards import (
+from mlsbi.store.files import StoreError, list_names, sync_folder, write_file
+from mlsbi.store.indexing import Index, build_index, find_sharing
+from mlsbi.store.joining import Tries
+from mlsbi.store.manifest import read_targets, write_targets
+from mlsbi.store.ranges import Ranges
+from mlsbi.store.records import OK, Records, Stream
+from mlsbi.store.shards import (
     DamagedShardError,
     Replay,
     Shard,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlsbi.simulation.catalogue import Catalogue
-from mlsbi.simulation.files import sync_folder
-from mlsbi.simulation.joining import LARGEST, Form, group_alike, join, row_bytes, sort_tries
-from mlsbi.simulation.records import Stream
-from mlsbi.simulation.shards import Shard, read_bytes, read_tries
+from mlsbi.store.catalogue import Catalogue
+from mlsbi.store.files import sync_folder
+from mlsbi.store.joining import LARGEST, Form, group_alike, join, row_bytes, sort_tries
+from mlsbi.store.records import Stream
+from mlsbi.store.shards import Shard, read_bytes, read_tries
 
 __all__ = ["repack", "repack_small"]
 

@@ -6,10 +6,9 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from mlsbi.simulation.catalogue import Catalogue
-from mlsbi.simulation.locking import find_holder
-from mlsbi.simulation.records import STATUSES, Stream
-from mlsbi.simulation.seeding import JOINT_STREAM, TEST_STREAM
+from mlsbi.store.catalogue import Catalogue
+from mlsbi.store.locking import find_holder
+from mlsbi.store.records import JOINT_STREAM, STATUSES, TEST_STREAM, Stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,24 +60,18 @@ def tabulate_failures(catalogue: Catalogue) -> pd.DataFrame:
 
 
 def summarise(catalogue: Catalogue) -> str:
-    """The table of levels, what else there is, what went wrong most often, and who is writing."""
+    """The table of levels, what else there is, how rows failed, what is damaged, and who is writing."""
     table = tabulate_levels(catalogue).to_string(float_format=lambda value: f"{value:.4g}")
     lines = [f"Store {catalogue.folder}", table]
     kinds: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
     for stream in catalogue.streams:
         index, target = catalogue.index(stream), catalogue.targets.get(stream)
         if stream.number >= len(catalogue.names):
             asked, lost = f" of {target}" if target else "", f", {len(index.lost)} failed" if index.failed else ""
             lines.append(f"{_name_purpose(catalogue, stream)}, seed {stream.seed}: {len(index.ok)} rows{asked}{lost}")
         kinds.update({STATUSES[status]: len(rows) for status, rows in index.failed.items()})
-        for shard in index.shards:
-            if len(index.lost & shard.rows):
-                messages.update(shard.messages)
     if kinds:
         lines.append("failed: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
-        frequent = [text for text, _ in messages.most_common() if text.strip()]
-        lines += [f"  {text.strip().splitlines()[-1][:100]}" for text in frequent[:3]]
     lines += [f"damaged: {name}: {why}" for name, why in sorted(catalogue.damaged.items())]
     holder = find_holder(catalogue.folder / "lock")
     return "\n".join(lines + ([f"being written by {holder}"] if holder else []))

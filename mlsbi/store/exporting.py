@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlsbi.simulation.files import TEMPORARY
-from mlsbi.simulation.store import Store, StoreError
+from mlsbi.store.files import TEMPORARY
+from mlsbi.store.store import Store, StoreError
 
 __all__ = ["export_store"]
 

@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pytest
 
-from mlsbi.simulation.exporting import export_store
-from mlsbi.simulation.records import Records, Stream
-from mlsbi.simulation.store import StoreError, create_store
+from mlsbi.store.exporting import export_store
+from mlsbi.store.records import Records, Stream
+from mlsbi.store.store import StoreError, create_store
 
 h5py = pytest.importorskip("h5py")
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlsbi.simulation.ranges import Ranges
+from mlsbi.store.ranges import Ranges
 
 INDICES = st.sets(st.integers(0, 30))
 

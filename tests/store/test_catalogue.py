@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from stores import HIGH, LOW, fill, flip_an_output, make, new, same
 
-from mlsbi.simulation import repacking
-from mlsbi.simulation.records import OK
-from mlsbi.simulation.store import StoreError, open_store
+from mlsbi.store import repacking
+from mlsbi.store.records import OK
+from mlsbi.store.store import StoreError, open_store
 
 
 def test_a_later_success_repairs_a_failure_and_both_are_paid(tmp_path):
@@ -152,7 +152,7 @@ def test_reading_needs_memory_for_two_shards(tmp_path):
     with store.writing() as writer:
         for part in range(20):
             writer.add(LOW, make(range(part * 4000, part * 4000 + 4000), width=1000))  # 16 MB each
-    code = ("import resource, sys\nfrom mlsbi.simulation.store import open_store\n"
+    code = ("import resource, sys\nfrom mlsbi.store.store import open_store\n"
             "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
             "before = peak()\n"
             "rows = sum(len(batch) for batch in open_store(sys.argv[1]).batches(0))\n"

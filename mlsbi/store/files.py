@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlsbi.simulation.locking import is_alive
+from mlsbi.store.locking import is_alive
 
 __all__ = ["TEMPORARY", "StoreError", "list_names", "remove_unfinished", "sync_folder", "write_file"]
 

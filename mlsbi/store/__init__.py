@@ -1,0 +1,1 @@
+r"""Simulations on disk: nothing that was computed is lost or silently changed."""
