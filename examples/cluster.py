@@ -75,8 +75,8 @@ def main() -> None:
     with start_cluster(local=options.local) as cluster, Client(cluster) as client:
         data = simulate(make_stack(), [int(n) for n in options.n.split(",")], seed=1, store=options.store,
                         executor=client, on_failure="drop")
-    print(data)  # noqa: T201
-    print(open_store(options.store))  # noqa: T201
+    print(data)
+    print(open_store(options.store))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlsbi.simulation.adapters import per_sample
     from mlsbi.simulation.campaign import simulate
     from mlsbi.simulation.merging import merge_stores
+    from mlsbi.simulation.opening import accept_code
     from mlsbi.simulation.programs import command
     from mlsbi.simulation.scheduling import SimulationError
     from mlsbi.store.exporting import export_store
@@ -65,6 +66,7 @@ _HOMES = {
     "simulate": "simulation.campaign",
     "export_store": "store.exporting",
     "merge_stores": "simulation.merging",
+    "accept_code": "simulation.opening",
     "SimulationError": "simulation.scheduling",
     "Store": "store.store",
     "StoreError": "store.shards",
@@ -80,9 +82,8 @@ __all__ = [  # noqa: PLE0604
     "MAF", "MDN", "NLE", "NPE", "NSF", "Allocation", "BoxPrior", "CNNEmbedding", "DirectPosterior", "Level",
     "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData",
     "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel", "Store", "StoreError", "TrainingOptions",
-    "TransferLearning", "command", "diagnostics", "export_store", "load",
-    "merge_stores", "open_store", "optimal_allocation", "per_sample", "pilot",
-    "plots", "simulate", "tasks",
+    "TransferLearning", "accept_code", "command", "diagnostics", "export_store", "load", "merge_stores",
+    "open_store", "optimal_allocation", "per_sample", "pilot", "plots", "simulate", "tasks",
 ]
 
 

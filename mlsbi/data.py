@@ -53,7 +53,7 @@ class MultilevelData:
     Args:
         levels: One `LevelData` per level. Rows of different levels are independent.
         names: Level names, cheapest first.
-        failures: Pairs left out per level because an output was NaN or infinite.
+        failures: Rows per level that failed, and were left out or redrawn.
         runs: Simulator runs made per level, replays, coarse halves and left-out pairs included.
         seconds: Time spent in each level's simulator; `None` where the data came from elsewhere.
 

@@ -65,6 +65,12 @@ class Workers:
             self._width = now, max(1, _width_of(self.pool))
         return self._width[1]
 
+    @property
+    def deserted(self) -> bool:
+        """Whether a cluster has no worker at all just now."""
+        client = getattr(self.pool, "_client", None)
+        return client is not None and hasattr(client, "nthreads") and not client.nthreads()
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As an executor's."""
         return self.pool.submit(fn, *args, **kwargs)

@@ -3,6 +3,7 @@ r"""Getting rows run: what is missing, in batches, finest level first, whatever 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -37,6 +38,7 @@ _ROW_BATCH_SECONDS = 0.05  # where rows run one by one, so that larger batches s
 _LONGEST_TRIAL = 60.0  # seconds that a larger batch may take to see whether it is cheaper by the row
 _CHEAPER = 0.8  # of the seconds a row, to go on to an even larger one
 _TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
+_PATIENCE = 60  # seconds without a result after which a cluster's workers are counted
 _ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
 _MOST_REDRAWN = 10  # times the rows wanted, and 100, that redrawing may run
 _FAILURES_KEPT = 5  # shown in an error
@@ -101,6 +103,7 @@ class Runner:
         self._again: deque[Batch] = deque()
         self._flying: dict[Future[Any], Batch] = {}
         self._stopped: Exception | None = None
+        self._idle = 0  # seconds in which nothing came back
 
     def probe(self, terms: Sequence[Term]) -> None:
         """Runs the first rows of terms of which none is finished, and sees to it that levels keep their contract."""
@@ -196,6 +199,10 @@ class Runner:
     def _receive(self) -> None:
         """Takes what has come back; after a worker's death everything under way is looked at again."""
         done, _ = wait(self._flying, timeout=1.0, return_when=FIRST_COMPLETED)
+        self._idle = 0 if done else self._idle + 1
+        if self._idle == _PATIENCE and self.workers.deserted:
+            warnings.warn(f"Nothing has come back for {_PATIENCE} s and the cluster has no worker; waiting for one. Is "
+                          "its queue long, or did its workers die?", stacklevel=2)
         died: list[tuple[Batch, BaseException]] = []
         for future in sorted(done, key=lambda future: (self._flying[future].term.place, self._flying[future].start)):
             batch = self._flying.pop(future)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mlsbi import BoxPrior, Level, LevelStack, StoreError, open_store, optimal_allocation, pilot, simulate
+from mlsbi import BoxPrior, Level, LevelStack, StoreError, accept_code, open_store, optimal_allocation, pilot, simulate
 from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.sets import simulate_sets
@@ -188,6 +188,22 @@ def test_another_stack_is_refused_before_anything_is_run(stack, difference, tmp_
     with pytest.raises(StoreError, match=f"(?s)holds simulations of another stack.*{difference}"):
         run(stack, n=(30, 9, 4)[:len(stack)], store=tmp_path / "store")
     assert equal(run(n=(20, 5), store=tmp_path / "store"), before)
+
+
+def test_code_can_be_accepted_and_nothing_else(tmp_path):
+    before = run(n=(20, 5), store=tmp_path / "store")
+    rewritten = stack_of(low, lambda theta, u: u["u"] + theta[:, :1] + 0.1 * theta[:, 1:] * u["v"][:, None])
+    with pytest.raises(StoreError, match=r"(?s)level 'high': its code changed.*mlsbi.accept_code\(store, stack\)"):
+        run(rewritten, n=(20, 5), store=tmp_path / "store")
+    accept_code(tmp_path / "store", rewritten)
+    assert equal(run(rewritten, n=(20, 5), store=tmp_path / "store"), before)
+    with pytest.raises(StoreError, match="level 'high': its code changed"):
+        run(n=(20, 5), store=tmp_path / "store")
+    other = stack_of(low, high, prior=BoxPrior([0.0, -1.0], [1.0, 2.0], names=["a", "b"]))
+    with pytest.raises(StoreError, match="(?s)prior.*own store.$"):
+        accept_code(tmp_path / "store", other)
+    with pytest.raises(StoreError, match="levels"):
+        accept_code(tmp_path / "store", stack_of(low, middle, high))
 
 
 def test_another_layout_is_refused(tmp_path):
