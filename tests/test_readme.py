@@ -113,6 +113,18 @@ def test_speeds_are_the_measured_ones():
     assert row_of("peak memory")[1] == ratios["memory with large outputs"]
 
 
+def test_claims_about_the_store_are_the_measured_ones():
+    measured = result("bench_store")["results"]
+    taken, large, kills = measured["taking records"], measured["a large store"], measured["kills"]
+    assert row_of("records of 4 kB")[1] == f"{taken['writer.add, one row at a time']['ratio_to_floor']:.1f}"
+    assert row_of("seconds to open a store")[1] == f"{large['seconds_to_open']['median'] / 2:.2f}"
+    assert row_of("memory while these 4 GB")[1] == f"{large['peak_bytes']['median'] / 3e8:.2f}"
+    assert large["rows"] == 10**6
+    assert f"In {kills['kills']} kills" in README
+    assert kills["finished_ran_again"] == kills["finished_vanished"] == 0
+    assert kills["identical"]
+
+
 def test_results_say_where_they_come_from():
     for path in (ROOT / "experiments/results").glob("*.json"):
         origin = json.loads(path.read_text())["provenance"]
