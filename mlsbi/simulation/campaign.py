@@ -16,9 +16,10 @@ from mlsbi.levels import LevelStack
 from mlsbi.priors import check_theta
 from mlsbi.simulation.running import DROPPING, RunOptions, make_term, run_terms, warn_left_out
 from mlsbi.simulation.scheduling import OnFailure, SimulationError
-from mlsbi.simulation.terms import MISSING, Term
+from mlsbi.simulation.seeding import BLOCK, RowSource
+from mlsbi.simulation.terms import Term
 from mlsbi.store.records import OK
-from mlsbi.store.store import Store
+from mlsbi.store.store import Store, StoreError
 
 __all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level"]
 
@@ -123,11 +124,10 @@ def simulate(
     have = list(reuse.n) if reuse is not None else [0] * len(stack)
     _check_request(stack, n, reuse)
     lost = reuse.failures if reuse is not None else (0,) * len(stack)
-    # New rows start behind as many as were made before: data of the same seed is extended, never repeated.
     gaps = lost if on_failure == "drop" else (0,) * len(stack)
     terms = [
         make_term(stack, seed, level, slice(max(level - 1, 0), level + 1), max(n[level] - have[level] - gaps[level], 0),
-              first=have[level] + lost[level], label=names[level])
+              first=_first_row(stack, seed, level, reuse), label=names[level])
         for level in range(len(stack))
     ]
     checked = reuse is not None and reuse.checked
@@ -138,7 +138,7 @@ def simulate(
     ]
     try:
         run_terms(stack, terms, replays, options, shape=_known_shape(reuse))
-    except SimulationError as error:
+    except (SimulationError, StoreError) as error:
         error.data = _assemble(stack, terms, reuse, unfinished=True)
         raise
     data = _assemble(stack, terms, reuse)
@@ -185,6 +185,20 @@ def simulate_level(
     return joint.theta, joint.outputs[0]
 
 
+def _first_row(stack: LevelStack, seed: int, level: int, reuse: MultilevelData | None) -> int:
+    """The first row of a level's stream behind all that the reused data has: it is extended, never repeated."""
+    if reuse is None or len(reuse.levels[level]) == 0:
+        return 0
+    tried = len(reuse.levels[level]) + reuse.failures[level]
+    drawn = RowSource(stack, seed=seed, stream=level).thetas(2 * tried + BLOCK)
+    known = {row.tobytes() for row in reuse.levels[level].theta.to(drawn.dtype).numpy()}
+    found = [place for place, row in enumerate(drawn.numpy()) if row.tobytes() in known]
+    if not found:
+        return 0
+    within = found[-1] + 1 - len(found)  # failed rows among those; the others failed behind the last
+    return found[-1] + 1 + max(reuse.failures[level] - within, 0)
+
+
 def _assemble(
     stack: LevelStack, terms: Sequence[Term], reuse: MultilevelData | None, *, unfinished: bool = False
 ) -> Any:
@@ -194,7 +208,9 @@ def _assemble(
     shape = next((term.outputs[0].shape[1:] for term in terms if term.outputs), None)
     for index, term in enumerate(terms):
         old = reuse.levels[index] if reuse is not None else None
-        ready = int(np.argmax(term.status == MISSING)) if (term.status == MISSING).any() else len(term.status)
+        ready = len(term.status)
+        if unfinished and (term.status != OK).any():  # failed rows are not reused, so that they can be mended
+            ready = int(np.argmax(term.status != OK))
         theta, outputs = term.finite_rows(up_to=ready)
         if outputs and len(theta):
             new = LevelData(theta, outputs[-1], outputs[0] if index else None)

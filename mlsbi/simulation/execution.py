@@ -97,11 +97,11 @@ def run_levels(
         rows = np.flatnonzero(outcome.status == OK)
         if len(rows) == 0 or outcome.whole:
             break
-        before = (theta.clone(), map_noise(torch.clone, noise)) if guard else None
+        # Noise is large and looked at in the first rows alone.
+        before = theta.clone(), map_noise(torch.clone, noise) if guard else None
         run = _run_each if isinstance(level.simulate, RowSimulator) else _run_together
         run(outcome, place, level, rows, theta, noise, Expected(shape, expected.dtypes))
-        if before is not None:
-            _check_unchanged(level, before, (theta, noise))
+        _check_unchanged(level, before, (theta, noise))
         found = outcome.outputs[place]
         shape = shape if found is None else found.shape[1:]
     if plain:
@@ -118,7 +118,7 @@ def _run_together(
     start = time.perf_counter()
     try:
         output = level.simulate(theta, noise)
-    except Exception as error:  # noqa: BLE001  # whatever a simulator raises is its row's failure
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a simulator raises is its row's failure
         failed = error
     outcome.seconds[rows, place] = (time.perf_counter() - start) / len(rows)
     outcome.runs[rows, place] = 1
@@ -154,8 +154,8 @@ def _run_each(
     for row in rows.tolist():
         start, failed = time.perf_counter(), None
         try:
-            array = np.asarray(level.simulate.run_row(theta[row].numpy(), noise_of_row(noise, row)))  # type: ignore[attr-defined]
-        except Exception as error:  # noqa: BLE001
+            array = np.asarray(level.simulate.run_row(theta[row].numpy().copy(), noise_of_row(noise, row)))  # type: ignore[attr-defined]
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             failed = error
         outcome.seconds[row, place] = time.perf_counter() - start
         outcome.runs[row, place] = 1
@@ -233,8 +233,9 @@ def _check_unchanged(level: Level, before: tuple[Tensor, Any], after: tuple[Tens
     same: list[bool] = [torch.equal(before[0], after[0])]
     leaves: list[Tensor] = []
     others: list[Tensor] = []
-    map_noise(leaves.append, before[1])
-    map_noise(others.append, after[1])
+    if before[1] is not None:
+        map_noise(leaves.append, before[1])
+        map_noise(others.append, after[1])
     same += [torch.equal(a, b) for a, b in zip(leaves, others, strict=True)]
     if not all(same):
         raise ValueError(f"Expected a pure simulator; level '{level.name}' changed theta or noise in place. Work on a "

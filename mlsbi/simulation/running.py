@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,15 +94,14 @@ def run_terms(
         replayed = [0] * len(terms)
         if kept is not None and writer is not None:
             for term in terms:
-                wanted = kept.done(term.stream) | Ranges([(term.first, term.stop)])
-                writer.set_target(term.stream, len(wanted))
+                writer.set_target(term.stream, len(kept.done(term.stream) | Ranges([(term.first, term.stop)])))
             replayed = [_load(kept, term, options) for term in terms]
         costs = None if stack.row_costs is None else [_row_cost(stack, term) for term in terms]
         bars = exits.enter_context(Progress([term.label for term in terms], [len(term.status) for term in terms],
                                             [term.done for term in terms], costs, show=options.progress))
         known = shape or next((tuple(term.outputs[0].shape[1:]) for term in terms if term.finished), None)
         runner = Runner(workers, writer, bars, options.batch_size, options.on_failure, known,
-                        describe=_describer(stack))
+                        _describer(stack), recall=partial(_recall, kept, options), terms=len(terms))
         for term in terms:
             if term.failures and options.on_failure == "raise":
                 raise runner.refuse(term, before=" in an earlier campaign, and were not run again for want of "
@@ -113,8 +113,11 @@ def run_terms(
             return
         RowSource(stack, seed=terms[0].stream.seed, stream=terms[0].stream.number).check_noise()
         runner.probe(terms)
-        runner.replay(list(zip(terms, replays, replayed, strict=True)))
+        wanted = list(zip(terms, replays, replayed, strict=True))
+        runner.replay([each for each in wanted if each[0].finished])
+        early = [term.finished > 0 for term in terms]
         runner.finish(terms)
+        runner.replay([each for each, was in zip(wanted, early, strict=True) if not was])
 
 
 def make_term(
@@ -148,20 +151,25 @@ def _load(store: Store, term: Term, options: RunOptions) -> int:
     """Fills a term with the rows a store has; how many were replayed before."""
     loaded = term.first
     while loaded < term.stop:
-        for records in store.read(term.stream, loaded, term.stop, failed=True):
-            term.put(records)
-        loaded = term.stop
-        if options.on_failure == "redraw" and not options.retry_failed:
+        start, loaded = loaded, term.stop
+        _recall(store, options, term, start)
+        if options.on_failure == "redraw":
             term.extend(term.n + len(term.failures) - len(term.status))
-    if options.retry_failed:
-        for row in term.failures:
-            term.status[row - term.first] = MISSING
-        term.failures.clear()
     term.missing = cut_missing(term.status != MISSING, term.first)
     runs, seconds = store.replays(term.stream)
+    if len(store.done(term.stream) - Ranges([(term.first, term.stop)])) == 0:  # earlier tries of its rows count too
+        term.runs, term.seconds = store.tries(term.stream)
     term.runs += runs
     term.seconds += seconds
     return int(runs.max())
+
+
+def _recall(store: Store | None, options: RunOptions, term: Term, start: int) -> None:
+    """Fills a term with the rows that a store has from a given one on, failed ones unless they are to be retried."""
+    if store is None:
+        return
+    for records in store.read(term.stream, start, term.stop, failed=not options.retry_failed):
+        term.put(records)
 
 
 def _row_cost(stack: LevelStack, term: Term) -> float:

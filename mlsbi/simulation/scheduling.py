@@ -20,7 +20,8 @@ from mlsbi.simulation.execution import Expected, Outcome, run_levels
 from mlsbi.simulation.executors import Workers, worker_died
 from mlsbi.simulation.progress import Progress
 from mlsbi.simulation.seeding import BLOCK
-from mlsbi.simulation.terms import Batch, Term
+from mlsbi.simulation.terms import MISSING, Batch, Term, cut_missing
+from mlsbi.store.files import StoreError
 from mlsbi.store.records import OK, STATUSES, Records, Stream
 
 __all__ = ["REPLAYED", "Ledger", "OnFailure", "Runner", "SimulationError"]
@@ -89,6 +90,8 @@ class Runner:
         on_failure: What a failed row does.
         shape: Shape of one output, where it is known.
         describe: Says of a theta which parameters it has.
+        recall: Fills a term with the rows, from a given one on, that an earlier campaign left.
+        terms: How many terms there are.
     """
 
     workers: Workers
@@ -98,6 +101,8 @@ class Runner:
     on_failure: OnFailure
     shape: tuple[int, ...] | None
     describe: Callable[[Tensor], str]
+    recall: Callable[[Term, int], None]
+    terms: int
 
     def __post_init__(self) -> None:
         self._again: deque[Batch] = deque()
@@ -107,9 +112,16 @@ class Runner:
 
     def probe(self, terms: Sequence[Term]) -> None:
         """Runs the first rows of terms of which none is finished, and sees to it that levels keep their contract."""
-        waiting = [term for term in terms if term.missing and not term.finished]
+        waiting = [term for term in terms if term.missing and not term.finished and not self._needs_no_probe(term)]
         while waiting:
-            self._work(iter([self._cut(term, _PROBED, guard=True) for term in waiting]))
+            batches = []
+            for term in waiting:
+                # Rows that run one by one are kept one by one, however long each takes.
+                single = _runs_row_by_row(term)
+                for _ in range(_PROBED if single else 1):
+                    if term.missing:
+                        batches.append(self._cut(term, 1 if single else _PROBED, guard=True))
+            self._work(iter(batches))
             waiting = [term for term in waiting if term.missing and not term.finished]
 
     def replay(self, wanted: Sequence[tuple[Term, tuple[int, ...], int]]) -> None:
@@ -118,7 +130,7 @@ class Runner:
         Args:
             wanted: Terms, the places of the levels, and how many rows were replayed before.
         """
-        batches = []
+        batches: list[Batch] = []
         for term, places, done in wanted:
             rows = term.first + np.flatnonzero(term.status == OK)[:max(REPLAYED - done, 0)]
             # One row at a time and backwards: what depends on the rest of a batch, or on calls before, shows too.
@@ -139,6 +151,10 @@ class Runner:
         self._work(source)
         while any(term.missing for term in terms):  # redrawn rows of terms that the source had left behind
             self._work(iter(batches()))
+
+    def _needs_no_probe(self, term: Term) -> bool:
+        """Whether nothing is gained by holding many workers back until a dear row or two have come."""
+        return _runs_row_by_row(term) and not self.workers.serial and term.place == self.terms - 1
 
     def _cut(self, term: Term, rows: int, *, guard: bool = False) -> Batch:
         start, stop = term.missing.popleft()
@@ -178,7 +194,7 @@ class Runner:
     def _send(self, batch: Batch) -> None:
         term = batch.term
         theta, noise = term.source.rows(batch.start, batch.stop)
-        batch.theta, batch.seeds = theta.numpy(), _seeds_of(noise)
+        batch.theta, batch.seeds = theta.numpy().copy(), _seeds_of(noise)  # out of a simulator's reach
         levels = [term.levels[place] for place in batch.replay] or term.levels
         expected = Expected(self.shape, tuple(term.dtypes[place] for place in batch.replay) or tuple(term.dtypes))
         if not self.workers.serial:  # plain arrays travel between processes; tensors would share file descriptors
@@ -224,8 +240,16 @@ class Runner:
                 self._stop(refusal)
         if died:
             self._mourn(died)
-        if self.ledger is not None:
-            self.ledger.tick()
+        self._keep(lambda ledger: ledger.tick())
+
+    def _keep(self, write: Callable[[Ledger], None]) -> None:
+        """Has the ledger keep something; where it cannot, such as on a full disk, what is running may still finish."""
+        if self.ledger is None:
+            return
+        try:
+            write(self.ledger)
+        except StoreError as error:  # the ledger has it in memory, and tries again
+            self._stop(error)
 
     def _mourn(self, died: list[tuple[Batch, BaseException]]) -> None:
         """Looks after batches whose worker died: tries them again, in the end one by one, to find which is to blame."""
@@ -255,7 +279,7 @@ class Runner:
             raise SimulationError(f"A worker died {batch.deaths} times while it ran {self._name([batch])} again, which "
                                   "it had finished before.") from error
         levels = len(batch.term.levels)
-        outcome = Outcome([None] * levels, np.zeros(1, np.uint8), np.ones((1, levels), np.int64),
+        outcome = Outcome([None] * levels, np.zeros(1, np.uint8), np.full((1, levels), batch.deaths),
                           np.zeros((1, levels)), {})
         outcome.fail(0, "worker died", f"The worker process died {batch.deaths} times while it ran this row, the last "
                                        f"time alone: {type(error).__name__}: {error}")
@@ -268,7 +292,7 @@ class Runner:
             self._compare(batch, outcome)
             return
         if outcome.whole:
-            batch.lost_runs += 1
+            batch.lost_runs = batch.lost_runs + outcome.runs.max(0)
             batch.lost_seconds = batch.lost_seconds + outcome.seconds.mean(0)
             self._check_shape_of_probe(batch, outcome)
             self._again.extendleft(reversed(batch.halves()))
@@ -292,9 +316,8 @@ class Runner:
             np.arange(batch.start, batch.stop), batch.theta, outputs, outcome.status,
             outcome.runs + batch.lost_runs, outcome.seconds + batch.lost_seconds, outcome.messages, batch.seeds,
         )  # fmt: skip
-        if self.ledger is not None:
-            self.ledger.add(term.stream, records)
         term.put(records)
+        self._keep(lambda ledger: ledger.add(term.stream, records))
         if self.shape is None and (outcome.status == OK).any():
             self.shape = shape
         self._fit_batch(batch, float(records.seconds.sum()))
@@ -318,7 +341,8 @@ class Runner:
         if self.on_failure == "raise":
             self._stop(self.refuse(term, error))
             return
-        if not term.finished and term.done >= min(_ALL_FAILED, term.n):
+        enough = _ALL_FAILED if self.on_failure == "redraw" else min(_ALL_FAILED, term.n)
+        if not term.finished and term.done >= enough:
             raise SimulationError(f"Every one of the first {term.done} rows of level '{term.label}' failed. Check the "
                                   f"simulator over the whole prior. {self._sentences(term)}", self._messages(term))
         if self.on_failure == "redraw":
@@ -327,8 +351,17 @@ class Runner:
                     f"Only {term.finished} of {term.done} rows of '{term.label}' were finished: redrawing the failed "
                     f"ones would take many times the {term.n} rows asked for. Narrow the prior to where simulations "
                     f"succeed, or mend the simulator. {self._sentences(term)}", self._messages(term))
-            term.extend(failed)
-            self.progress.extend(term.place, failed)
+            self._redraw(term, failed)
+
+    def _redraw(self, term: Term, rows: int) -> None:
+        """Wants further rows of a term, from an earlier campaign or to be run."""
+        while rows:
+            start, failed = term.stop, len(term.failures)
+            term.extend(rows)
+            self.progress.extend(term.place, rows)
+            self.recall(term, start)
+            term.missing.extend(cut_missing(term.status[start - term.first:] != MISSING, start))
+            rows = len(term.failures) - failed
 
     def _stop(self, error: Exception) -> None:
         """Begins nothing more; the error is raised once what is running has finished."""
@@ -366,12 +399,11 @@ class Runner:
 
     def _compare(self, batch: Batch, outcome: Outcome) -> None:
         term, row = batch.term, batch.start - batch.term.first
-        if self.ledger is not None:
-            runs, seconds = np.zeros((1, len(term.levels)), np.int64), np.zeros((1, len(term.levels)))
-            runs[:, batch.replay], seconds[:, batch.replay] = outcome.runs, outcome.seconds
-            self.ledger.add_replay(term.stream, np.array([batch.start]), runs, seconds)
-        term.runs[list(batch.replay)] += outcome.runs[0]
-        term.seconds[list(batch.replay)] += outcome.seconds[0]
+        runs, seconds = np.zeros((1, len(term.levels)), np.int64), np.zeros((1, len(term.levels)))
+        runs[:, batch.replay], seconds[:, batch.replay] = outcome.runs, outcome.seconds
+        term.runs += runs[0]
+        term.seconds += seconds[0]
+        self._keep(lambda ledger: ledger.add_replay(term.stream, np.array([batch.start]), runs, seconds))
         for place, output in zip(batch.replay, outcome.outputs, strict=True):
             first = term.outputs[place][row]
             again = None if output is None else torch.from_numpy(output[0]).to(first.dtype)
@@ -386,7 +418,7 @@ class Runner:
 
     def _keep_what_is_done(self) -> None:
         """Takes what came back in the meantime, for a campaign that is being left."""
-        self._stopped = self._stopped or SimulationError("left")
+        self._stop(SimulationError("left"))
         self._take_what_is_done()
 
     def _take_what_is_done(self) -> None:
@@ -398,6 +430,8 @@ class Runner:
     def _first_batch(self, term: Term) -> int:
         rows = sum(stop - start for start, stop in term.missing)
         term.row_seconds = float(term.seconds.sum()) / max(int(term.runs[-1]), 1)  # call overhead included
+        if _runs_row_by_row(term) and not term.finished:  # not probed
+            return 1
         if term.row_seconds * _PROBED < 0.02 and not _runs_row_by_row(term):  # a call costs little: vectorised
             return max(1, min(_LARGEST_BATCH, math.ceil(rows / (4 * self.workers.width - 3))))
         batch = max(1, min(BLOCK, int(_seconds_of_batch(term) / max(term.row_seconds, 1e-6))))

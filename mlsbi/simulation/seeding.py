@@ -45,6 +45,11 @@ class RowSource:
             noises.append(map_noise(partial(_take, rows), noise))
         return torch.cat(thetas), _join(noises)
 
+    def thetas(self, n: int) -> Tensor:
+        """Theta of the first n rows, `(n, D)`, without drawing noise."""
+        blocks = [self._thetas(block) for block in range(-(-n // BLOCK))]
+        return torch.cat(blocks)[:n]
+
     def check_noise(self) -> None:
         """Raises a `ValueError` unless the same generator state gives the same noise."""
         state = child_seed(self.seed, self.stream)
@@ -54,9 +59,12 @@ class RowSource:
             raise ValueError("Expected noise(n, generator) to draw from its generator alone; the same generator state "
                              "gave two different draws. Pass generator=generator to every random function in it.")
 
+    def _thetas(self, block: int) -> Tensor:
+        return sample_prior(self.stack.prior, BLOCK, seed=child_seed(self.seed, self.stream, block, 0))
+
     def _block(self, block: int) -> tuple[Tensor, Any]:
         if self._kept is None or self._kept[0] != block:
-            theta = sample_prior(self.stack.prior, BLOCK, seed=child_seed(self.seed, self.stream, block, 0))
+            theta = self._thetas(block)
             generator = torch.Generator().manual_seed(child_seed(self.seed, self.stream, block, 1))
             self._kept = block, theta, self.stack.draw_noise(BLOCK, generator)
         return self._kept[1:]

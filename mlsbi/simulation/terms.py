@@ -56,12 +56,13 @@ class Term:
     missing: deque[tuple[int, int]] = field(default_factory=deque)
     runs: Any = None
     seconds: Any = None
+    room: int = 0  # rows that the tensors have place for
     batch: int = 0  # rows of the next one
     row_seconds: float = 0.0  # of the last one
 
     def __post_init__(self) -> None:
         self.label = self.label or self.levels[-1].name
-        self.status = np.full(self.n, MISSING, np.uint8)
+        self.status, self.room = np.full(self.n, MISSING, np.uint8), self.n
         self.runs, self.seconds = np.zeros(len(self.levels), np.int64), np.zeros(len(self.levels))
         self.dtypes = [None] * len(self.levels)
 
@@ -90,29 +91,26 @@ class Term:
         for row, message in records.messages.items():
             self.failures[int(records.index[row])] = STATUSES[records.status[row]], message
         if self.theta is None:
-            self.theta = torch.empty(len(self.status), records.theta.shape[1], dtype=_float_of(records.theta))
+            self.theta = torch.empty(self.room, records.theta.shape[1], dtype=_float_of(records.theta))
         self.theta[at] = torch.from_numpy(records.theta)
         if not (records.status == OK).any():  # nobody asks for the outputs of failed rows, and some have none
             return
         if not self.outputs:
             self.dtypes = [output.dtype for output in records.outputs]
-            self.outputs = [torch.empty(len(self.status), *output.shape[1:], dtype=_float_of(output))
+            self.outputs = [torch.empty(self.room, *output.shape[1:], dtype=_float_of(output))
                             for output in records.outputs]
         for place, output in zip(self.outputs, records.outputs, strict=True):
             place[at] = torch.from_numpy(output)
 
     def extend(self, rows: int) -> None:
-        """Wants more rows, in place of failed ones."""
-        start = self.stop
+        """Makes place for more rows, in place of failed ones."""
         self.status = np.concatenate([self.status, np.full(rows, MISSING, np.uint8)])
-        if self.missing and self.missing[-1][1] == start:
-            start = self.missing.pop()[0]
-        self.missing.append((start, self.stop))
-        room = 0 if self.theta is None else len(self.theta)
-        if 0 < room < len(self.status):
-            more = max(len(self.status) - room, room // 4)
-            self.theta = _longer(self.theta, more)
-            self.outputs = [_longer(output, more) for output in self.outputs]
+        if self.room >= len(self.status):
+            return
+        self.room = max(len(self.status), 5 * self.room // 4)
+        if self.theta is not None:
+            self.theta = _longer(self.theta, self.room)
+        self.outputs = [_longer(output, self.room) for output in self.outputs]
 
     def finite_rows(self, *, up_to: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """Theta and outputs of finished rows, among the first `up_to`."""
@@ -134,8 +132,8 @@ class Batch:
     guard: bool = False
     replay: tuple[int, ...] = ()
     deaths: int = 0
-    lost_runs: int = 0  # runs a row has behind it that gave nothing
-    lost_seconds: Any = 0.0  # and their seconds, per row and level
+    lost_runs: Any = 0  # of each level, that a row has behind it and that gave nothing
+    lost_seconds: Any = 0.0  # and their seconds
     theta: Any = None  # as sent
     seeds: Any = None
 
@@ -165,7 +163,5 @@ def _float_of(array: Any) -> torch.dtype:
     return torch.from_numpy(array[:0]).dtype if array.dtype.kind == "f" else torch.get_default_dtype()
 
 
-def _longer(tensor: Tensor | None, rows: int) -> Tensor:
-    if tensor is None:
-        raise ValueError("Expected rows.")
-    return torch.cat([tensor, torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype)])
+def _longer(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor, torch.empty(rows - len(tensor), *tensor.shape[1:], dtype=tensor.dtype)])

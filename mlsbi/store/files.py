@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlsbi.store.locking import is_alive
 
@@ -23,6 +24,9 @@ _counter = itertools.count()
 
 class StoreError(ValueError):
     """A store cannot do what was asked; the message says what to do."""
+
+    data: Any = None
+    """What a campaign finished before its disk was full, for `simulate(..., reuse=error.data)`."""
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -134,6 +134,11 @@ class Store:
         """Whether rows of a stream were run again to see whether its simulators are deterministic."""
         return any(shard.replays and shard.stream == stream for shard in self._catalogue.shards.values())
 
+    def tries(self, stream: Stream) -> tuple[Array, Array]:
+        """Runs and seconds of each of a stream's levels, those of rows that were tried again included; no replays."""
+        index = self._catalogue.index(stream)
+        return index.runs.copy(), index.seconds.copy()
+
     def replays(self, stream: Stream) -> tuple[Array, Array]:
         """Runs and seconds of each of a stream's levels that went into replays; zeros where there were none."""
         index = self._catalogue.index(stream)
@@ -253,7 +258,8 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     Raises:
         StoreError: If the folder is no store, or was written by a newer version.
     """
-    return Store(Path(path), read_manifest(Path(path)))
+    folder = Path(path).absolute()  # a simulator may change the working directory
+    return Store(folder, read_manifest(folder))
 
 
 def create_store(
@@ -289,7 +295,7 @@ def create_store(
         ...     open_store(folder).missing(Stream(1, 0, (0,)), 0, 5)
         [(2, 5)]
     """
-    make_folder(Path(path), {
+    make_folder(Path(path).absolute(), {
         "description": dict(description), "names": list(names), "parameters": list(parameters),
         "costs": None if costs is None else list(costs), "row_costs": None if row_costs is None else list(row_costs),
     })  # fmt: skip
