@@ -15,10 +15,12 @@ import numpy as np
 
 from mlsbi.cli.requests import RunRequest
 from mlsbi.cli.targets import Target
-from mlsbi.simulation.opening import OtherStackError, store_for
+from mlsbi.levels import LevelStack
+from mlsbi.simulation.opening import OtherStackError, accept_code, store_for
+from mlsbi.store.store import StoreError, open_store
 from mlsbi.strategies.registry import strategy_names
 
-__all__ = ["KEPT", "REQUEST", "STORE", "begin", "read_kept", "write_json"]
+__all__ = ["KEPT", "REQUEST", "STORE", "begin", "is_finished", "is_same", "read_kept", "write_json"]
 
 STORE = "store"
 """Folder of the simulations, in that of a run."""
@@ -29,7 +31,8 @@ REQUEST = "request.json"
 KEPT = "record.json"
 """What a finished strategy adds to the results, in its folder."""
 
-_FREE = ("out", "command", "workers", "on_failure", "retry_failed", "overwrite", "progress", "say", "device", "x_o")
+_FREE = ("out", "command", "workers", "on_failure", "retry_failed", "accept_code", "overwrite", "progress", "say",
+         "device", "x_o")
 
 
 def begin(target: Target, request: RunRequest, say: Any) -> None:
@@ -43,34 +46,53 @@ def begin(target: Target, request: RunRequest, say: Any) -> None:
 
     Raises:
         ValueError: If the folder holds a finished run, or an unfinished one of another request.
-        StoreError: If its store is another stack's.
+        StoreError: If its store is another stack's, is being written, or is damaged.
     """
     out = request.out
     asked = _describe(target, request)
     if not request.overwrite:
         _check_folder(out, asked)
-    goes_on = not request.overwrite and (out / REQUEST).is_file()
-    if target.stack is not None and (out / STORE).exists():
-        try:
-            store_for(target.stack, out / STORE)
-        except OtherStackError:
-            if not request.overwrite:
-                raise
-            aside = next(path for path in (out / f"{STORE}-{k}" for k in range(1, 10**6)) if not path.exists())
-            os.rename(out / STORE, aside)
-            say(f"The simulations of another stack that were here are in {aside}.")
-    if goes_on:
+    aside = None
+    if target.stack is not None and (out / STORE / "store.json").exists():
+        aside = _check_store(target.stack, out / STORE, request)
+    if aside is not None:
+        say(f"The simulations of another stack that were here are in {aside}.")
+    if not request.overwrite and (out / REQUEST).is_file():
         say(f"Going on with the run in {out}.")
         return
     _clear(out, request.strategies)
     write_json(out / REQUEST, asked)
 
 
+def _check_store(stack: LevelStack, folder: Path, request: RunRequest) -> Path | None:
+    """Sees to it that a store can be used, before anything of an earlier run is removed; where it was moved to."""
+    with open_store(folder).writing():  # nobody else is
+        pass
+    if request.accept_code:
+        accept_code(folder, stack)
+    try:
+        store = store_for(stack, folder)
+    except OtherStackError:
+        if not request.overwrite:
+            raise
+        aside = next(path for path in (folder.with_name(f"{STORE}-{k}") for k in range(1, 10**6)) if not path.exists())
+        with open_store(folder).writing():
+            os.rename(folder, aside)
+        return aside
+    if store.damaged:
+        told = "; ".join(f"{name}: {why}" for name, why in sorted(store.damaged.items()))
+        raise StoreError(f"Files of {folder} are damaged: {told} See `mlsbi status {folder.parent}`.")
+    return None
+
+
 def read_kept(folder: Path, digest: str) -> tuple[dict[str, Any], np.ndarray[Any, Any]] | None:
     """What an earlier call recorded of a strategy, with its test scores, if it was given the same data."""
     if not (folder / KEPT).is_file():
         return None
-    kept = json.loads((folder / KEPT).read_text())
+    try:
+        kept = json.loads((folder / KEPT).read_text())
+    except ValueError:  # damaged: the strategy is trained again
+        return None
     if kept["data"] != digest:
         return None
     scores = np.empty(0)
@@ -90,22 +112,41 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _describe(target: Target, request: RunRequest) -> dict[str, Any]:
     """What a run's result follows from, JSON-ready."""
     asked = {key: value for key, value in asdict(request).items() if key not in _FREE}
-    asked |= {"task": target.name, "options": target.options}
+    asked |= {"task": os.path.abspath(target.name) if ":" in target.name else target.name, "options": target.options}
     if request.x_o is not None:
         asked["observation"] = hashlib.sha256(request.x_o.read_bytes()).hexdigest()
     plain: dict[str, Any] = json.loads(json.dumps(_plain(asked)))
     return plain
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a run that came to its end."""
+    return (out / "results.json").is_file() and bool(_read(out / "results.json").get("complete", True))
+
+
+def is_same(target: Target, request: RunRequest) -> bool:
+    """Whether a folder holds a run of this very request."""
+    return (request.out / REQUEST).is_file() and _read(request.out / REQUEST) == _describe(target, request)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Give another --out, or --overwrite.") from error
+    return content
+
+
 def _check_folder(out: Path, asked: Mapping[str, Any]) -> None:
-    if (out / "results.json").is_file() and json.loads((out / "results.json").read_text()).get("complete", True):
-        raise ValueError(f"{out} holds a finished run. Give another --out, or --overwrite.")
+    if is_finished(out):
+        raise ValueError(f"{out} holds a finished run of another request. Give another --out, or --overwrite, which "
+                         "uses its simulations again where they fit.")
     if not (out / REQUEST).is_file():
         kept = [name for name in ("results.json", "data.npz", "pilot.npz") if (out / name).exists()]
         if kept:
             raise ValueError(f"{out} holds {', '.join(kept)} of an earlier run. Give another --out, or --overwrite.")
         return
-    before = json.loads((out / REQUEST).read_text())
+    before = _read(out / REQUEST)
     changed = [f"{key}: {before.get(key)!r}, now {asked.get(key)!r}" for key in sorted({*before, *asked})
                if before.get(key) != asked.get(key)]
     if changed:

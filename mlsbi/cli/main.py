@@ -27,11 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options.function(options, given)
-    except (ValueError, TypeError, FileNotFoundError, ImportError, SimulationError, TrainingError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SimulationError, TrainingError) as error:
         print(f"mlsbi: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mlsbi: interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = options.function in (_run, _plan)
+        print(f"mlsbi: interrupted{'; the same command goes on where it was' if goes_on else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -54,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     goal = plan.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", type=float, help="total cost, pilot included")
     goal.add_argument("--target-variance", type=float, help="variance of the loss estimate to reach")
-    plan.add_argument("--out", type=Path, help="folder for figures of the pilot and the plan")
+    plan.add_argument("--out", type=Path, help="folder for the pilot's simulations and figures (default "
+                      "that of `mlsbi run`)")
     plan.set_defaults(function=_plan)
 
     run = commands.add_parser("run", help="plan, simulate, train, infer, check and report")
@@ -98,6 +100,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on-failure", choices=("raise", "drop", "redraw"), default="raise", help="what a failed "
                         "simulation does: end the run (default), leave a gap, or have another one made in its place")
     parser.add_argument("--retry-failed", action="store_true", help="simulate rows again that failed before")
+    parser.add_argument("--accept-code", action="store_true", help="take simulations made by other code of the stack "
+                        "for its own: finished rows would still come out the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -151,53 +155,63 @@ def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi import plots
     from mlsbi.allocation.optimal import optimal_allocation
     from mlsbi.allocation.piloting import pilot
     from mlsbi.cli.folders import STORE
     from mlsbi.cli.requests import FEWEST_ROWS
     from mlsbi.cli.running import check_budget
+    from mlsbi.simulation.opening import accept_code
 
     target = _target(options)
     if target.stack is None:
         raise ValueError(f"'{target.name}' is a fixed data set: there is nothing to plan.")
     if options.budget is not None:
         check_budget(target, options.budget, options.pilot)
+    out = _default_folder(options, target, ["multilevel"])
+    if options.accept_code and (out / STORE).exists():
+        accept_code(out / STORE, target.stack)
     report = pilot(target.stack, options.pilot, seed=options.seed, estimator=options.estimator or target.estimator,
                    x_transform=target.x_transform, device=options.device, workers=options.workers,
-                   store=None if options.out is None else options.out / STORE, on_failure=options.on_failure,
-                   retry_failed=options.retry_failed, progress=not options.quiet)
+                   store=out / STORE, on_failure=options.on_failure, retry_failed=options.retry_failed,
+                   progress=not options.quiet)
     plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance,
                               minimum=FEWEST_ROWS)
     print(f"{report}\n\n{plan}")
-    if options.out is not None:
-        from mlsbi import plots
+    for name, figure in (("pilot", plots.pilot(report)), ("plan", plots.plan(plan))):
+        figure.savefig(out / f"{name}.png", dpi=110)
+    print(f"\nPilot rows, which `mlsbi run` goes on from when given the same --out, and figures: {out}")
 
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name, figure in (("pilot", plots.pilot(report)), ("plan", plots.plan(plan))):
-            figure.savefig(options.out / f"{name}.png", dpi=110)
-        print(f"\npilot rows, for `mlsbi run --out` of the same folder, and figures: {options.out}")
+
+def _default_folder(options: argparse.Namespace, target: Any, strategies: Sequence[str]) -> Path:
+    label = Path(target.name.partition(":")[0]).stem
+    return options.out or Path("runs") / f"{label}-{'-'.join(strategies)}-{options.seed}"
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    from mlsbi.cli.folders import is_finished, is_same
     from mlsbi.cli.requests import RunRequest
     from mlsbi.cli.running import run
 
     target = _target(options)
-    label = Path(target.name.partition(":")[0]).stem
-    out = options.out or Path("runs") / f"{label}-{'-'.join(options.strategy)}-{options.seed}"
-    for name, least in (("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
+    out = _default_folder(options, target, options.strategy)
+    for name, least in (("workers", 1), ("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
     if options.tests is not None and options.tests < 0:
         raise ValueError(f"Expected --tests of at least 0; got {options.tests}.")
-    results = run(target, RunRequest(
+    request = RunRequest(
         strategies=options.strategy, estimator=options.estimator, observations=options.observations,
         seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
         command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
         workers=options.workers, on_failure=options.on_failure, retry_failed=options.retry_failed,
-        overwrite=options.overwrite, tests=options.tests, draws=options.draws, x_o=options.x_o,
-        progress=not options.quiet, say=lambda text: print(text, flush=True),
-    ))
+        accept_code=options.accept_code, overwrite=options.overwrite, tests=options.tests, draws=options.draws,
+        x_o=options.x_o, progress=not options.quiet, say=lambda text: print(text, flush=True),
+    )
+    if not request.overwrite and is_finished(out) and is_same(target, request):
+        print(f"This run is finished (--overwrite makes it anew).\nReport: {out / 'report.html'}")
+        return
+    results = run(target, request)
     print()
     for sentence in results["verdict"]:
         print(f"- {sentence}")

@@ -33,6 +33,7 @@ class RunRequest:
     workers: int = 1
     on_failure: OnFailure = "raise"
     retry_failed: bool = False
+    accept_code: bool = False
     overwrite: bool = False
     tests: int | None = None
     draws: int = 2000

@@ -47,14 +47,15 @@ def store_for(stack: LevelStack, store: Store | str | os.PathLike[str]) -> Store
 def accept_code(store: Store | str | os.PathLike[str], stack: LevelStack) -> Store:
     r"""Takes a stack's code for the one that a store's simulations come from, on your word that it computes the same.
 
-    For simulators that were rewritten, moved or cleaned up. What the code was before stays in the store's manifest.
+    For simulators that were rewritten, moved or cleaned up, or mended for rows that failed. What the code was before
+    stays in the store's manifest.
 
     Args:
         store: The store's folder, or the open store.
         stack: The stack as it is now.
 
     Returns:
-        The store, opened anew.
+        The store.
 
     Raises:
         OtherStackError: If more than code changed: the prior, the draws of the noise, the names of levels.
@@ -63,11 +64,14 @@ def accept_code(store: Store | str | os.PathLike[str], stack: LevelStack) -> Sto
     kept, now = store if isinstance(store, Store) else open_store(store), describe_stack(stack)
     if not _is_only_code(kept, now):
         _check_same(kept, compare_stacks(kept.description, now), only_code=False)
+    if not compare_stacks(kept.description, now):
+        return kept
     with kept.writing():
         history = [*kept.manifest.get("earlier", []), kept.description]
         manifest = {**kept.manifest, "description": now, "earlier": history}
         write_file(kept.path / "store.json", json.dumps(manifest, indent=1).encode())
-    return open_store(kept.path)
+    kept.refresh()
+    return kept
 
 
 def _is_only_code(store: Store, now: Mapping[str, Any]) -> bool:
@@ -84,6 +88,9 @@ def _check_same(store: Store, differences: list[str], *, only_code: bool) -> Non
     if not differences:
         return
     told = "\n".join(f"- {sentence}" for sentence in differences)
-    advice = " If it still computes the same numbers, say so by mlsbi.accept_code(store, stack)." if only_code else ""
+    advice = ""
+    if only_code:
+        advice = (" If finished rows would still come out the same, say so by mlsbi.accept_code(store, stack), on the "
+                  "command line --accept-code.")
     raise OtherStackError(f"The store {store.path} holds simulations of another stack:\n{told}\nGive the stack its own "
                           f"store.{advice}")

@@ -97,15 +97,15 @@ def run_terms(
                 writer.set_target(term.stream, len(kept.done(term.stream) | Ranges([(term.first, term.stop)])))
             replayed = [_load(kept, term, options) for term in terms]
         costs = None if stack.row_costs is None else [_row_cost(stack, term) for term in terms]
-        bars = exits.enter_context(Progress([term.label for term in terms], [len(term.status) for term in terms],
-                                            [term.done for term in terms], costs, show=options.progress))
+        done = [(term.done, int(term.runs[-1]), float(term.seconds.sum())) for term in terms]
+        bars = exits.enter_context(Progress([term.label for term in terms], [len(term.status) for term in terms], done,
+                                            costs, show=options.progress))
         known = shape or next((tuple(term.outputs[0].shape[1:]) for term in terms if term.finished), None)
         runner = Runner(workers, writer, bars, options.batch_size, options.on_failure, known,
                         _describer(stack), recall=partial(_recall, kept, options), terms=len(terms))
         for term in terms:
             if term.failures and options.on_failure == "raise":
-                raise runner.refuse(term, before=" in an earlier campaign, and were not run again for want of "
-                                                 "retry_failed=True")
+                raise runner.refuse(term, before=" in an earlier campaign, and are only run again when asked for")
         missing = any(term.missing for term in terms)
         unchecked = any(places and done < min(REPLAYED, len(term.status))
                         for term, places, done in zip(terms, replays, replayed, strict=True))

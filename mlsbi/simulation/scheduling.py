@@ -36,7 +36,7 @@ _PROBED = 2  # rows run before the bulk
 _LARGEST_BATCH = 16 * BLOCK  # rows; bounds the memory that noise takes
 _BATCH_SECONDS = 1.0  # what a batch of slow simulations should take, so that little is under way at any time
 _ROW_BATCH_SECONDS = 0.05  # where rows run one by one, so that larger batches save nothing but the sending
-_LONGEST_TRIAL = 60.0  # seconds that a larger batch may take to see whether it is cheaper by the row
+_LONGEST_TRIAL = 10.0  # seconds that a larger batch may take to see whether it is cheaper by the row
 _CHEAPER = 0.8  # of the seconds a row, to go on to an even larger one
 _TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
 _PATIENCE = 60  # seconds without a result after which a cluster's workers are counted
@@ -75,6 +75,10 @@ class Ledger(Protocol):
 
     def tick(self) -> None:
         """Is called now and then."""
+        ...
+
+    def flush(self) -> None:
+        """Is called before a while in which there is no time for it."""
         ...
 
 
@@ -199,6 +203,8 @@ class Runner:
         expected = Expected(self.shape, tuple(term.dtypes[place] for place in batch.replay) or tuple(term.dtypes))
         if not self.workers.serial:  # plain arrays travel between processes; tensors would share file descriptors
             noise = map_noise(Tensor.numpy, noise)
+        if self.workers.serial and term.row_seconds * len(batch) > _ROW_BATCH_SECONDS:
+            self._keep(lambda ledger: ledger.flush())
         try:
             future = self.workers.submit(run_levels, levels, theta if self.workers.serial else batch.theta, noise,
                                          expected, guard=batch.guard, plain=not self.workers.serial)
@@ -216,6 +222,7 @@ class Runner:
         """Takes what has come back; after a worker's death everything under way is looked at again."""
         done, _ = wait(self._flying, timeout=1.0, return_when=FIRST_COMPLETED)
         self._idle = 0 if done else self._idle + 1
+        self.progress.refresh()
         if self._idle == _PATIENCE and self.workers.deserted:
             warnings.warn(f"Nothing has come back for {_PATIENCE} s and the cluster has no worker; waiting for one. Is "
                           "its queue long, or did its workers die?", stacklevel=2)
@@ -296,6 +303,8 @@ class Runner:
             batch.lost_seconds = batch.lost_seconds + outcome.seconds.mean(0)
             self._check_shape_of_probe(batch, outcome)
             self._again.extendleft(reversed(batch.halves()))
+            if self.batch_size is None and len(batch) >= term.batch:  # the larger, the more is run again
+                term.batch = max(1, term.batch // 4)
             return
         self._check_shape_of_probe(batch, outcome)
         levels = len(term.levels)
@@ -321,7 +330,8 @@ class Runner:
         if self.shape is None and (outcome.status == OK).any():
             self.shape = shape
         self._fit_batch(batch, float(records.seconds.sum()))
-        self.progress.advance(term.place, len(batch), float(records.seconds.sum()), width=self.workers.width)
+        self.progress.advance(term.place, len(batch), float(records.seconds.sum()), runs=int(records.runs[:, -1].sum()),
+                              width=self.workers.width)
         failed = len(outcome.messages)
         if failed:
             self._fail(term, failed, outcome.error)
@@ -373,9 +383,11 @@ class Runner:
         """The error that ends a campaign because rows of a term failed."""
         refusal = SimulationError(
             f"{len(term.failures)} of {term.done} rows run of '{term.label}' failed{before}. {self._sentences(term)}\n"
-            "What was finished is kept in the store, or without one as this error's `data`, for `reuse=`. Mend the "
-            "simulator, or go on without such rows by on_failure=\"drop\" (fewer rows) or \"redraw\" (others in their "
-            "place); either restricts the prior to where simulations succeed.", self._messages(term))
+            "What was finished is kept in the store, or without one as this error's `data`, for `reuse=`. Go on "
+            "without such rows by on_failure=\"drop\" (fewer rows) or \"redraw\" (others in their place), on the "
+            "command line --on-failure; either restricts the prior to where simulations succeed. Or mend the "
+            "simulator, have the store take its new code (accept_code, --accept-code) and run failed rows again "
+            "(retry_failed=True, --retry-failed).", self._messages(term))
         refusal.__cause__ = error
         return refusal
 
@@ -433,7 +445,8 @@ class Runner:
         if _runs_row_by_row(term) and not term.finished:  # not probed
             return 1
         if term.row_seconds * _PROBED < 0.02 and not _runs_row_by_row(term):  # a call costs little: vectorised
-            return max(1, min(_LARGEST_BATCH, math.ceil(rows / (4 * self.workers.width - 3))))
+            quick = int(_BATCH_SECONDS / max(term.row_seconds, 1e-6))
+            return max(1, min(_LARGEST_BATCH, quick, math.ceil(rows / (4 * self.workers.width - 3))))
         batch = max(1, min(BLOCK, int(_seconds_of_batch(term) / max(term.row_seconds, 1e-6))))
         if not _runs_row_by_row(term) and batch <= _PROBED and 2 * _PROBED * term.row_seconds < _LONGEST_TRIAL:
             return 2 * _PROBED  # is a larger batch cheaper by the row?

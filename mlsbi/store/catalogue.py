@@ -13,7 +13,7 @@ import numpy as np
 from mlsbi.store.files import StoreError, list_names, sync_folder, write_file
 from mlsbi.store.indexing import Index, build_index, find_sharing
 from mlsbi.store.joining import Tries
-from mlsbi.store.manifest import read_targets, write_targets
+from mlsbi.store.manifest import read_manifest, read_targets, write_targets
 from mlsbi.store.ranges import Ranges
 from mlsbi.store.records import OK, Records, Stream
 from mlsbi.store.shards import (
@@ -73,6 +73,7 @@ class Catalogue:
 
     def refresh(self) -> None:
         """Sees what others have written since."""
+        self.manifest = read_manifest(self.folder) if (self.folder / "store.json").exists() else self.manifest
         for _ in range(100):
             names = list_names(self.rows, suffix=".npz")
             try:
@@ -209,6 +210,27 @@ class Catalogue:
         """Removes a shard whose records are all in others."""
         (self.rows / name).unlink(missing_ok=True)
         self._forget(name)
+
+    def sum_first_tries(self) -> tuple[Array, Array]:
+        """Runs and seconds of each level in rows that were finished at the first try.
+
+        A failed try may be over in no time, and one that raised for a whole batch is counted in each of its rows.
+        """
+        runs, seconds = np.zeros(len(self.names), np.int64), np.zeros(len(self.names))
+        for shard in list(self.shards.values()):
+            levels = list(shard.stream.levels)
+            if shard.replays:
+                continue
+            if not shard.failed and all(count == shard.records for count in shard.runs):
+                runs[levels] += np.array(shard.runs, np.int64)
+                seconds[levels] += shard.seconds
+                continue
+            with contextlib.suppress(FileNotFoundError, DamagedShardError):  # gone with a repacking, or named elsewhere
+                tries = read_tries(self.rows / shard.name)
+                first = (tries.status == OK) & (tries.runs == 1).all(1)
+                runs[levels] += int(first.sum())
+                seconds[levels] += tries.seconds[first].sum(0)
+        return runs, seconds
 
     def set_target(self, stream: Stream, n: int) -> None:
         """Notes how many rows of a stream a campaign asks for."""

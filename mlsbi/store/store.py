@@ -205,8 +205,9 @@ class Store:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """Measured seconds per run of each level; NaN where it was never run."""
-        return tuple(s / n if n else math.nan for s, n in zip(self.seconds, self.runs, strict=True))
+        """Measured seconds per run of each level, of rows finished at the first try; NaN where there are none."""
+        runs, seconds = self._catalogue.sum_first_tries()
+        return tuple(s / n if n else math.nan for s, n in zip(seconds.tolist(), runs.tolist(), strict=True))
 
     def spent(self, unit: Literal["declared", "seconds"] = "declared") -> float:
         r"""What all runs cost.

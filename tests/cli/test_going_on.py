@@ -122,8 +122,10 @@ def test_finished_strategies_are_not_trained_again(folder, monkeypatch, capsys):
     assert results["complete"] is True
     assert results["strategies"][0] == before
     assert results["comparison"]["best"] in ("multilevel", "high")
-    assert call(folder, "--strategy", "multilevel,high") == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    before = (folder / "out" / "results.json").read_bytes()
+    assert call(folder, "--strategy", "multilevel,high") == 0  # a batch job that is queued again
+    assert "This run is finished" in capsys.readouterr().out
+    assert (folder / "out" / "results.json").read_bytes() == before
 
 
 def test_another_request_does_not_go_on(folder, capsys):
@@ -161,6 +163,53 @@ def test_a_plan_and_its_run_share_their_pilot(folder):
     results = read_results(folder / "out")
     assert results["pilot"]["n"] == 12
     assert simulations(folder).count("h") == results["spent"]["n"][1] + 1  # and the observation
+
+
+def test_a_mended_simulator_goes_on_with_what_is_there(folder, capsys):
+    failing = STACK.replace("theta[:1] + 0.1 * noise + 0.01", "theta[:1] + 0.1 * noise if theta[0] < 0.9 else 1 // 0")
+    (folder / "mine.py").write_text(failing)
+    assert call(folder) == 2
+    assert "--accept-code" in capsys.readouterr().err
+    kept = len(mlsbi.open_store(folder / "out" / "store").data().levels[1])
+    (folder / "mine.py").write_text(STACK)
+    assert call(folder, "--retry-failed") == 2
+    assert "its code changed" in capsys.readouterr().err
+    done = simulations(folder).count("h")
+    assert call(folder, "--retry-failed", "--accept-code") == 0
+    assert simulations(folder).count("h") - done == 40 - kept + 10
+    assert read_results(folder / "out")["spent"]["failures"] == [0, 0]
+
+
+def test_a_store_in_use_is_neither_moved_nor_cleared(folder, capsys):
+    assert call(folder) == 0
+    before = (folder / "out" / "results.json").read_bytes()
+    with mlsbi.open_store(folder / "out" / "store").writing():
+        assert call(folder, "--overwrite") == 2
+        (folder / "mine.py").write_text(STACK.replace("+ 0.01", "+ 0.02"))
+        assert call(folder, "--overwrite") == 2
+    assert "writ" in capsys.readouterr().err
+    assert (folder / "out" / "results.json").read_bytes() == before
+    assert not (folder / "out" / "store-1").exists()
+
+
+def test_damage_is_named_before_anything_is_removed(folder, capsys):
+    assert call(folder) == 0
+    before = (folder / "out" / "results.json").read_bytes()
+    shard = max((folder / "out" / "store" / "rows").glob("*.npz"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-50])
+    assert call(folder, "--overwrite") == 2
+    assert shard.name in capsys.readouterr().err
+    assert (folder / "out" / "results.json").read_bytes() == before
+    (folder / "out" / "request.json").write_text("{")
+    (folder / "out" / "results.json").unlink()
+    assert call(folder) == 2
+    assert "request.json is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told(folder, capsys):
+    (folder / "file").touch()
+    assert call(folder, out="file/x") == 2
+    assert "file/x" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default:Replaced rows", "default:Left out rows")
