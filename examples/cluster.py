@@ -1,6 +1,6 @@
 r"""A campaign on a cluster: Slurm jobs through dask-jobqueue, or processes of this machine to try it out.
 
-    pip install "mlsbi[cluster]"
+    pip install -e ".[cluster]"
     python examples/cluster.py --local                       # here, in seconds
     python examples/cluster.py --n 20000,500                 # on Slurm, from a login node or a small job of its own
 
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     with start_cluster(local=options.local) as cluster, Client(cluster) as client:
         data = simulate(make_stack(), [int(n) for n in options.n.split(",")], seed=1, store=options.store,
-                        executor=client, on_failure="drop")
+                        executor=client)
     print(data)
     print(open_store(options.store))
 

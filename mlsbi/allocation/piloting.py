@@ -20,7 +20,7 @@ from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.priors import Unbounded
 from mlsbi.randomness import check_device, child_seed
-from mlsbi.simulation.campaign import JointRows, simulate_joint
+from mlsbi.simulation.campaign import JointRows, simulate_streams
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.store.records import JOINT_STREAM
@@ -198,12 +198,9 @@ def pilot(
     if integrand != "loss":
         raise ValueError(f'Expected integrand "loss"; got {integrand!r}.')
     options = RunOptions(store, executor, workers, None, on_failure, retry_failed, progress)
-    joint = simulate_joint(stack, n, seed=seed, stream=JOINT_STREAM, replay=True, options=options)
-    apart = [
-        simulate_joint(stack, n, seed=seed, stream=JOINT_STREAM + 1 + level, levels=slice(level, level + 1),
-                       options=options)
-        for level in range(len(stack) - 1)
-    ]
+    streams = [(JOINT_STREAM + 1 + level, slice(level, level + 1)) for level in range(len(stack) - 1)]
+    *apart, joint = simulate_streams(stack, n, [*streams, (JOINT_STREAM, slice(None))], seed=seed, replay=True,
+                                     options=options)
     if len(joint.theta) < _FEWEST:
         raise ValueError(f"Only {len(joint.theta)} of {n} pilot rows gave finite output at every level; the pilot "
                          f"needs {_FEWEST}. Check the simulators, or take more rows.")

@@ -245,11 +245,16 @@ def lost_rows(results: Mapping[str, Any]) -> list[str]:
             for name, n, lost in zip(names, spent["n"], spent["failures"], strict=True) if lost]
     if not told:
         return []
+    budget, cost = (results.get("asked") or {}).get("budget"), spent.get("cost")
+    beyond = ""
+    if budget and isinstance(cost, (int, float)) and cost > budget:
+        beyond = (f" Runs that failed or replaced failed ones took the cost to {cost:,.4g}, beyond the budget of "
+                  f"{budget:,.4g}.")
     done = "left out with their twins"
     if (results.get("asked") or {}).get("on_failure") == "redraw":
         done = "replaced by others, with their twins"
     return [f"{', '.join(told)} failed and were {done}: what is learned holds for the part of the prior where "
-            "simulations succeed."]
+            f"simulations succeed.{beyond}"]
 
 
 def worst_level(results: Mapping[str, Any]) -> int | None:

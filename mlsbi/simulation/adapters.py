@@ -95,7 +95,8 @@ def per_sample(function: Callable[[Array, Any], Any]) -> PerSample:
     Args:
         function: `function(theta, noise) -> x`. Theta is an array `(D,)` in the prior's dtype; noise is one row, in
             numpy (a tuple or dict where the stack's noise is one, a plain int for `noise="seed"`). Returns an array, a
-            list or a tensor of one fixed shape, or a number, which counts as shape `(1,)`.
+            list or a tensor of one fixed shape, or a number, which counts as shape `(1,)`. Arrays keep their type,
+            plain whole numbers become floats.
 
     Raises:
         TypeError: If `function` cannot be called.
@@ -159,6 +160,8 @@ def as_output(output: Any, who: str) -> Array:
     except ValueError as error:
         raise ValueError(f"Expected {who} to return numbers of one shape; got {type(output).__name__}: "
                          f"{error}") from error
+    if array.dtype.kind in "iu" and not hasattr(output, "dtype"):  # [0, 0] here may be [0.5, 0] in the next row
+        array = array.astype(np.float64)
     if array.dtype.kind == "c":
         raise TypeError(f"Expected {who} to return real numbers; got complex ones. Return real and imaginary parts as "
                         "separate outputs.")

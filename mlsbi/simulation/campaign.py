@@ -21,7 +21,7 @@ from mlsbi.simulation.terms import Term
 from mlsbi.store.records import OK
 from mlsbi.store.store import Store, StoreError
 
-__all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level"]
+__all__ = ["JointRows", "Plan", "simulate", "simulate_joint", "simulate_level", "simulate_streams"]
 
 
 class Plan(Protocol):
@@ -165,14 +165,27 @@ def simulate_joint(
         ValueError: As `simulate`.
         SimulationError: As `simulate`.
     """
+    return simulate_streams(stack, n, [(stream, levels)], seed=seed, replay=replay, options=options)[0]
+
+
+def simulate_streams(
+    stack: LevelStack, n: int, streams: Sequence[tuple[int, slice]], *, seed: int, replay: bool = False,
+    options: RunOptions = DROPPING,
+) -> list[JointRows]:  # fmt: skip
+    """What `simulate_joint` does for several streams and their levels at once; the last is run first and replayed."""
     if n < 1:
         raise ValueError(f"Expected at least one row; got n={n}.")
-    term = make_term(stack, seed, stream, levels, n)
-    run_terms(stack, [term], [tuple(range(len(term.levels) - 1)) if replay else ()], options)
-    warn_left_out([term.label], [term.done], [len(term.failures)], options.on_failure)
-    theta, outputs = term.finite_rows()
-    return JointRows(theta, tuple(outputs), len(term.failures), tuple(term.runs.tolist()),
-                     tuple(term.seconds.tolist()))
+    terms = [make_term(stack, seed, stream, levels, n) for stream, levels in streams]
+    replays = [()] * (len(terms) - 1) + [tuple(range(len(terms[-1].levels) - 1)) if replay else ()]
+    run_terms(stack, terms, replays, options)
+    warn_left_out([term.label for term in terms], [term.done for term in terms],
+                  [len(term.failures) for term in terms], options.on_failure)
+    rows = []
+    for term in terms:
+        theta, outputs = term.finite_rows()
+        rows.append(JointRows(theta, tuple(outputs), len(term.failures), tuple(term.runs.tolist()),
+                              tuple(term.seconds.tolist())))
+    return rows
 
 
 def simulate_level(

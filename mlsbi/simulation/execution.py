@@ -134,7 +134,7 @@ def _run_together(
                          "x[:, None] for one number a row.")
     fits, why = _fit(level, array, array.shape[1:], expected, place)
     if why:
-        _fail_together(outcome, rows, "wrong shape", why)
+        _fail_together(outcome, rows, *why)
         return
     outcome.put(place, rows, fits)
     _mark_not_finite(outcome, level, rows, fits)
@@ -166,7 +166,7 @@ def _run_each(
             array = array.astype(array.dtype.newbyteorder("="))
         fits, why = _fit(level, array, array.shape, expected, place)
         if why:
-            outcome.fail(row, "wrong shape", why)
+            outcome.fail(row, *why)
             continue
         at = np.array([row])
         outcome.put(place, at, fits[None])
@@ -179,18 +179,18 @@ def _run_each(
 
 def _fit(
     level: Level, array: Array, shape: tuple[int, ...], expected: Expected, place: int
-) -> tuple[Array, str | None]:
-    """The array in the dtype that is expected, and why it does not fit, if so."""
+) -> tuple[Array, tuple[str, str] | None]:
+    """The array in the dtype that is expected; and if it does not fit, the status and why."""
     if expected.shape is not None and shape != expected.shape:
-        return array, (f"Expected every level to return rows of one shape, {expected.shape}; level '{level.name}' "
-                       f"returned {shape}. Map its output to the others'.")
+        return array, ("wrong shape", f"Expected every level to return rows of one shape, {expected.shape}; level "
+                                      f"'{level.name}' returned {shape}. Map its output to the others'.")
     dtype = expected.dtypes[place]
     if dtype is None or array.dtype == dtype:
         return array, None
     if np.can_cast(array.dtype, dtype, "safe"):
         return array.astype(dtype), None
-    return array, (f"Expected level '{level.name}' to return numbers of one type, {dtype} as in its first rows; it "
-                   f"returned {array.dtype}.")
+    return array, ("wrong type", f"Expected level '{level.name}' to return numbers of one type, {dtype} as in its "
+                                 f"first rows; it returned {array.dtype}.")
 
 
 def _mark_not_finite(outcome: Outcome, level: Level, rows: Array, output: Array) -> None:

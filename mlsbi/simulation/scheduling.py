@@ -337,8 +337,8 @@ class Runner:
             self._fail(term, failed, outcome.error)
 
     def _check_shape_of_probe(self, batch: Batch, outcome: Outcome) -> None:
-        """A wrong shape in a term's first rows is the simulator's, not the row's."""
-        wrong = np.flatnonzero(outcome.status == STATUSES.index("wrong shape"))
+        """A wrong shape or type in a term's first rows is the simulator's, not the row's."""
+        wrong = np.flatnonzero(np.isin(outcome.status, [STATUSES.index("wrong shape"), STATUSES.index("wrong type")]))
         if len(wrong) and not batch.term.finished:
             raise ValueError(outcome.messages[int(wrong[0])])
         known = next((output for output in outcome.outputs if output is not None), None)

@@ -57,7 +57,7 @@ def export_store(store: Store, path: str | os.PathLike[str], *, seed: int | None
 
 def _write(file: Any, store: Store, seed: int | None) -> None:
     file.attrs["names"], file.attrs["parameters"] = list(store.names), list(store.parameters)
-    file.attrs["runs"], file.attrs["seconds"] = store.runs, store.seconds
+    file.attrs["runs"], file.attrs["seconds"] = store.runs, store.seconds  # of everything in the store
     file.attrs["manifest"] = json.dumps(store.manifest)
     total = 0
     for level, name in enumerate(store.names):
@@ -72,6 +72,7 @@ def _write(file: Any, store: Store, seed: int | None) -> None:
         raise StoreError(f"{store.path} holds no finished rows to export yet.")
     failures = file.create_group("failures")
     frame = store.failures()
+    frame = frame if seed is None else frame[frame["seed"] == seed]
     for column in frame.columns:
         values = frame[column].to_numpy()
         if values.dtype.kind == "O":

@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["JOINT_STREAM", "OK", "SET_STREAM", "STATUSES", "TEST_STREAM", "Records", "Stream"]
 
-STATUSES = ("ok", "exception", "time-out", "not finite", "wrong shape", "worker died")
+STATUSES = ("ok", "exception", "time-out", "not finite", "wrong shape", "worker died", "wrong type")
 """What can become of a row; a record's status is a place in this tuple."""
 
 OK = 0

@@ -45,7 +45,7 @@ def test_a_row_of_noise_is_a_copy():
 @pytest.mark.parametrize(
     ("output", "shape", "dtype"),
     [
-        (3, (1,), torch.int64),
+        (3, (1,), torch.float64),
         (2.5, (1,), torch.float64),
         (True, (1,), torch.bool),
         ([1.0, 2.0], (2,), torch.float64),

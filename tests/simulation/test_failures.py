@@ -1,9 +1,13 @@
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, SimulationError, open_store, per_sample, simulate
 from mlsbi.simulation.seeding import RowSource
+from mlsbi.store.records import Stream
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0], names=["a", "b"])
 
@@ -69,8 +73,8 @@ def run(stack, n=(200, 40), **options):
     return simulate(stack, n, **{"seed": 1, "progress": False, **options})
 
 
-def rows(n, stream=1):
-    return RowSource(stack_of(), seed=1, stream=stream).rows(0, n)
+def rows(n, stream=1, *, seed=1):
+    return RowSource(stack_of(), seed=seed, stream=stream).rows(0, n)
 
 
 FAILING = pytest.mark.parametrize(("top", "status", "message"), [
@@ -79,7 +83,7 @@ FAILING = pytest.mark.parametrize(("top", "status", "message"), [
     (nan, "not finite", "Level 'high' returned 3 NaN or infinite of 3 values"),
     (late_row, "time-out", "Level 'high': TimeoutError: 10 s are over"),
     (ragged_row, "wrong shape", r"rows of one shape, (3,); level 'high' returned (2,)"),
-    (mixed_row, "wrong shape", "of one type, float32 as in its first rows; it returned float64"),
+    (mixed_row, "wrong type", "of one type, float32 as in its first rows; it returned float64"),
 ], ids=["exception", "exception of a row", "nan", "time-out", "shape", "dtype"])  # fmt: skip
 
 
@@ -113,6 +117,42 @@ def test_redrawn_rows_are_the_first_that_succeed(options):
     assert torch.equal(data.levels[1].theta, theta[good])
     assert torch.allclose(data.levels[1].fine, high(theta, u)[good])
     assert data.failures == (0, int(good[-1]) + 1 - 40)
+
+
+def failing_below(limit, sign):
+    """A simulator of a row or a batch."""
+
+    def simulate_above(theta, noise):
+        if (theta[..., 0] < limit).any():
+            raise ZeroDivisionError("a is too small")
+        return theta[..., :1] + sign * noise
+
+    return simulate_above
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+@pytest.mark.parametrize("kind", [lambda function: function, per_sample], ids=["vectorised", "row by row"])
+@pytest.mark.filterwarnings("ignore:Replaced rows")
+def test_redrawn_rows_are_simulated_whatever_fails_first(kind, batch_size):
+    stack, first_failed = stack_of(kind(failing_below(0.5, -1)), bottom=kind(failing_below(0.5, 1))), []
+    for seed in range(60):
+        data = run(stack, (9, 7), seed=seed, on_failure="redraw", batch_size=batch_size)
+        for stream, n in enumerate((9, 7)):
+            theta, u = rows(100, stream, seed=seed)
+            good = torch.nonzero(theta[:, 0] >= 0.5).flatten()[:n]
+            level = data.levels[stream]
+            assert torch.equal(level.theta, theta[good])
+            assert torch.equal(level.fine, theta[good, :1] + (1, -1)[stream] * u[good])
+            assert data.failures[stream] == int(good[-1]) + 1 - n
+        assert torch.equal(level.coarse, theta[good, :1] + u[good])
+        first_failed.append(int(good[0]) > 1)
+    assert sum(first_failed) > 5
+
+
+@pytest.mark.filterwarnings("ignore:Replaced rows")
+def test_redrawing_few_rows_does_not_give_up_when_those_fail():
+    for seed in range(30):
+        assert run(stack_of(failing_below(0.4, -1)), (2, 2), seed=seed, on_failure="redraw").n == (2, 2)
 
 
 def test_failed_rows_are_told_with_the_fraction_and_what_it_means():
@@ -150,6 +190,40 @@ def test_what_was_finished_comes_with_the_error_and_can_be_reused():
     assert torch.equal(whole.levels[1].theta, theta[~bad(theta)])
     assert torch.allclose(whole.levels[1].fine, high(theta, u)[~bad(theta)])
     assert whole.failures[1] == int(bad(theta).sum())
+
+
+@pytest.mark.parametrize("top", [raising, raising_row, nan], ids=["exception", "row", "nan"])
+@pytest.mark.parametrize("options", [{"batch_size": 20}, {}, {"workers": 2, "batch_size": 3}], ids=str)
+def test_rows_that_come_with_the_error_stop_before_the_first_that_failed(top, options):
+    with pytest.raises(SimulationError) as caught:
+        run(stack_of(top), **options)
+    theta, u = rows(40)
+    part = caught.value.data
+    assert 2 <= len(part.levels[1]) <= int(torch.nonzero(bad(theta))[0])
+    assert torch.equal(part.levels[1].theta, theta[:len(part.levels[1])])
+    assert part.failures == (0, 0)
+    mended = run(stack_of(high), reuse=part, **options)
+    assert mended.n == (200, 40)
+    assert torch.equal(mended.levels[1].theta, theta)
+    assert torch.allclose(mended.levels[1].fine, high(theta, u))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", [lambda function: function, per_sample], ids=["vectorised", "row by row"])
+def test_a_simulator_that_exits_fails_its_row(kind, workers, tmp_path):
+    def exiting(theta, noise):
+        if bool(np.any(np.asarray(bad(theta)))):
+            sys.exit("no licence")
+        return theta[..., :1] - noise
+
+    with pytest.warns(UserWarning, match="Left out rows"):
+        data = run(stack_of(kind(exiting)), (20, 40), on_failure="drop", workers=workers, store=tmp_path / "store")
+    theta, _ = rows(40)
+    assert torch.equal(data.levels[1].theta, theta[~bad(theta)])
+    table = open_store(tmp_path / "store").failures()
+    assert sorted(table["index"]) == torch.nonzero(bad(theta)).flatten().tolist()
+    assert set(table["status"]) == {"exception"}
+    assert table["message"].str.contains("SystemExit: no licence").all()
 
 
 def test_the_cause_is_chained_where_it_happened_here():
@@ -191,6 +265,31 @@ def test_failed_tries_are_counted_as_runs():
     assert data.runs[1] > 40  # halves of a failed batch are run again
     with pytest.warns(UserWarning, match="Left out rows"):
         assert run(stack_of(raising_row), on_failure="drop", batch_size=20).runs[1] == 40
+
+
+@pytest.mark.parametrize("batch_size", [7, None])
+@pytest.mark.filterwarnings("ignore:Left out rows")
+def test_runs_of_every_level_are_counted_whichever_raises(batch_size, tmp_path):
+    calls = [0, 0]
+
+    def counted(level, function):
+        def simulate_and_count(theta, noise):
+            calls[level] += len(theta)
+            return function(theta, noise)
+
+        return simulate_and_count
+
+    stack = stack_of(counted(1, high), bottom=counted(0, raising))
+    options = {"on_failure": "drop", "batch_size": batch_size}
+    assert run(stack, **options).runs == tuple(calls)
+    assert calls[0] > 240 > 40 > calls[1]  # halves are run again, but not the fine level of a pair whose coarse one fails
+    calls[:] = 0, 0
+    assert run(stack, store=tmp_path / "store", **options).runs == tuple(calls)
+    before = list(calls)
+    again = run(stack, store=tmp_path / "store", retry_failed=True, **options)
+    assert calls[0] > before[0]
+    for data in (again, run(stack, store=tmp_path / "store", **options)):
+        assert data.runs == tuple(calls) == open_store(tmp_path / "store").runs
 
 
 def test_redrawing_stops_where_next_to_nothing_succeeds():
@@ -259,6 +358,35 @@ def test_failed_rows_can_be_run_again(tmp_path):
     assert len(open_store(tmp_path / "store").failures()) == 0
 
 
+@pytest.mark.parametrize("mended", [0, 3, 100])
+@pytest.mark.filterwarnings("ignore:Replaced rows")
+def test_redrawing_with_failed_rows_tried_again_runs_no_finished_one(mended, tmp_path):
+    called, limit = [], [0.5]
+
+    @per_sample
+    def sometimes(theta, noise):
+        called.append(theta.tobytes())
+        if theta[0] < limit[0]:
+            raise OSError("licence server is down")
+        return theta[0] - noise
+
+    options = {"n": (20, 12), "on_failure": "redraw", "store": tmp_path / "store"}
+    first = run(stack_of(sometimes), **options)
+    tried, _ = rows(12 + first.failures[1])
+    failed = torch.nonzero(tried[:, 0] < 0.5).flatten()
+    assert len(failed) == first.failures[1] > 3
+    values = tried[failed, 0].sort(descending=True).values.tolist()
+    limit[0] = (*values, 0.0)[min(mended, len(values)) - 1] if mended else 0.5
+    called.clear()
+    again = run(stack_of(sometimes), retry_failed=True, **options)
+    theta, u = rows(100)
+    good = torch.nonzero(theta[:, 0] >= limit[0]).flatten()[:12]
+    assert torch.equal(again.levels[1].theta, theta[good])
+    assert torch.equal(again.levels[1].fine, theta[good, :1] - u[good])
+    assert len(called) == len(set(called)) > 0
+    assert set(called) <= {row.tobytes() for row in theta[failed].numpy()}  # all of which failed before
+
+
 def test_a_broken_contract_keeps_what_was_finished(tmp_path):
     def shrinking(theta, noise):
         return low(theta, noise)[:-1] if len(theta) == 50 else low(theta, noise)
@@ -266,6 +394,31 @@ def test_a_broken_contract_keeps_what_was_finished(tmp_path):
     with pytest.raises(ValueError, match="level 'low' to return 50 rows"):
         run(stack_of(high, bottom=shrinking), batch_size=50, store=tmp_path / "store")
     assert len(open_store(tmp_path / "store").data().levels[1]) == 40
+
+
+def test_a_broken_contract_lets_workers_finish_what_they_run(tmp_path):
+    theta, _ = rows(12)
+    broken, log = theta[6].numpy(), tmp_path / "log"
+    log.mkdir()
+
+    def late(theta, noise):
+        name = theta.numpy().tobytes().hex()
+        (log / f"{name} begun").touch()
+        if (theta.numpy() == broken).all():
+            return high(theta, noise).repeat(2, 1)
+        time.sleep(0.4 if (log / f"{broken.tobytes().hex()} begun").exists() else 0.15)
+        (log / f"{name} ended").touch()
+        return high(theta, noise)
+
+    with pytest.raises(ValueError, match="level 'high' to return 1 rows"):
+        run(stack_of(late), (20, 12), workers=2, batch_size=1, store=tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    records = next(store.read(Stream(1, 1, (0, 1))))
+    begun, ended = ({path.name.split()[0] for path in log.glob(f"* {what}")} for what in ("begun", "ended"))
+    assert begun - ended == {broken.tobytes().hex()}
+    kept = {row.tobytes().hex() for part in store.read(Stream(1, 1, (0, 1))) for row in part.theta}
+    assert kept == ended
+    assert len(records) > 0
 
 
 def test_simulators_that_cannot_travel_are_named():
