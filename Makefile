@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # Set-up happens once; touching pyproject.toml or constraints.txt repeats it.
 $(STAMP): pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow"
+
+test-all: $(STAMP)
+	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -216,9 +216,13 @@ def killing(kills: int, seeds: int) -> dict[str, Any]:
         command = [sys.executable, str(_KILLING), "--kills", str(kills), "--workers", "4", "--seed", str(seed)]
         found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(seed, found[-1], flush=True)
-    summed = ("kills", "rows", "simulations", "started", "finished_ran_again", "finished_vanished", "replays",
-              "under_way_at_a_kill_and_started_again")  # fmt: skip
+    summed = ("kills", "rows", "simulations", "started", "finished_ran_again", "finished_vanished", "finished_but_lost",
+              "finished_but_lost_seconds", "replays", "under_way_at_a_kill_and_started_again")  # fmt: skip
+    lost = {name: [value for one in found for value in one[f"{name}_at_each_kill"]]
+            for name in ("finished_but_lost", "finished_but_lost_seconds")}
     return {**{name: sum(one[name] for one in found) for name in summed},
+            **{f"{name}_per_kill": {"median": statistics.median(values), "maximum": max(values)}
+               for name, values in lost.items()},
             "identical": all(one["identical"] for one in found), "cells": found}
 
 

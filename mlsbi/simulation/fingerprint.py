@@ -25,11 +25,15 @@ _TOLERANCE = 1e-4  # of draws: other processors round differently
 def describe_stack(stack: LevelStack) -> dict[str, Any]:
     r"""Describes the prior, the noise and the simulators of a stack, for `compare_stacks`.
 
-    The prior and the noise are told by a few draws as well as in words; simulators by their source without comments,
-    docstrings and formatting, with the values they use: defaults, captured variables, globals, arguments of a
-    `functools.partial`, attributes, and the functions they call, three deep, unless those belong to a library.
-    Lists and dicts count by value only as arguments of a partial: elsewhere they may be caches. Costs are left out,
-    since they may be corrected, and so are the contents of external programs and data files.
+    The prior and the noise are told by a few draws as well as in words; simulators, and the noise function, by their
+    source without comments, docstrings and formatting, with the functions they call, eight deep, and the values they
+    use: defaults, captured variables, globals, attributes, arguments of a `functools.partial`. Lists, dicts, namespaces
+    and arrays count by value, unless the code itself changes them while it runs, as it does a cache. External programs
+    count by the content of the files that their command names by a path.
+
+    Not seen are the inside of libraries and of their objects, modules imported inside functions, and whatever is read
+    when a simulator runs: data files, the environment, what a program calls in turn. Costs are left out, since they may
+    be corrected. See `mlsbi.simulation.sources.describe_code`.
 
     Args:
         stack: The stack; torch's global random state is left as found.

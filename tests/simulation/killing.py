@@ -2,8 +2,9 @@ r"""A campaign that is killed again and again, and an account of what was simula
 
     python tests/simulation/killing.py --kills 3 --seed 0
 
-Every simulator call notes level, theta and process in a log when it starts. What the store holds at a kill is finished:
-it must stay there and must not be in the log again. Prints its findings as one line of JSON.
+Every simulator call notes level, theta and time in a log when it starts and when it ends. What the store holds at a
+kill must stay there and must not be in the log again; what had ended by then and is not in the store is lost and runs
+again, which must be little. Prints its findings as one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,37 +29,46 @@ import torch
 from mlsbi import BoxPrior, Level, LevelStack, open_store, per_sample, simulate
 from mlsbi.simulation.scheduling import REPLAYED
 
-ENTRY = np.dtype([("level", "u1"), ("theta", "V12"), ("pid", "<i4")])
+ENTRY = np.dtype([("level", "u1"), ("ended", "?"), ("theta", "V12"), ("time", "<f8")])
 SECONDS = (5e-5, 0.004, 0.012)  # of one run of each level
+BATCH_SECONDS = 0.05  # what the scheduler has a batch of rows take that run one by one
+WAITING_SECONDS = 0.5  # that quick batches may wait in memory
+BUSY_SECONDS = 0.2  # that it may take to pass results on beside, where processors are few
 PATIENCE = 60.0
 
 
-def note(level: int, theta: Any) -> None:
-    """Adds simulator calls to the log, whole or not at all, and takes their time; does nothing without a log."""
+def simulate_for_a_while(level: int, theta: Any) -> None:
+    """Takes the time of simulator calls, with their beginnings and ends in the log; does nothing without a log."""
     if "KILLING_LOG" not in os.environ:
         return
+    note(level, theta, ended=False)
+    if "KILLING_HASTE" not in os.environ:
+        time.sleep(len(theta) * SECONDS[level])
+    note(level, theta, ended=True)
+
+
+def note(level: int, theta: Any, *, ended: bool) -> None:
+    """Adds entries to the log, whole or not at all."""
     entries = np.empty(len(theta), ENTRY)
-    entries["level"], entries["pid"] = level, os.getpid()
+    entries["level"], entries["ended"], entries["time"] = level, ended, time.monotonic()
     entries["theta"] = np.ascontiguousarray(theta, np.float32).view("V12")[:, 0]
     descriptor = os.open(os.environ["KILLING_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, entries.tobytes())
     os.close(descriptor)
-    if "KILLING_HASTE" not in os.environ:
-        time.sleep(len(theta) * SECONDS[level])
 
 
 def rough(theta, noise):
-    note(0, theta.numpy())
+    simulate_for_a_while(0, theta.numpy())
     return theta + noise["u"]
 
 
 def medium(theta, noise):
-    note(1, theta[None])
+    simulate_for_a_while(1, theta[None])
     return theta + noise["u"] * (1 + noise["v"])
 
 
 def fine(theta, noise):
-    note(2, theta[None])
+    simulate_for_a_while(2, theta[None])
     return theta + noise["u"] * (1 + noise["v"] + noise["v"] ** 2)
 
 
@@ -135,10 +146,25 @@ class Child:
         self.errors.close()
 
 
-def read_log(folder: Path) -> list[tuple[int, bytes]]:
+def read_log(folder: Path) -> Any:
     path = folder / "log"
-    entries = np.fromfile(path, ENTRY) if path.exists() else np.empty(0, ENTRY)
+    return np.fromfile(path, ENTRY) if path.exists() else np.empty(0, ENTRY)
+
+
+def simulations(entries: Any) -> list[tuple[int, bytes]]:
+    """What entries of the log are about."""
     return list(zip(entries["level"].tolist(), entries["theta"].tolist(), strict=True))
+
+
+def begun(folder: Path) -> list[tuple[int, bytes]]:
+    """Simulations that ever began, as often as they did."""
+    entries = read_log(folder)
+    return simulations(entries[~entries["ended"]])
+
+
+def seconds_of(found: Any) -> float:
+    """What simulations take."""
+    return sum(SECONDS[level] for level, _ in found)
 
 
 def finished(folder: Path) -> tuple[set[tuple[int, bytes]], set[tuple[int, bytes]], int]:
@@ -170,18 +196,30 @@ class Account:
         self.seen = self.ran_again = self.vanished = 0
         self.done, self.replayable, _ = finished(folder)
         self.removed: set[Any] = set()
-        self.removed_ran_again = 0
+        self.removed_ran_again = self.removed_counted_as_lost = 0
         self.held: list[int] = []
+        self.ended: set[Any] = set()  # before a kill
+        self.lost: list[set[Any]] = []  # at each kill
 
-    def update(self) -> None:
+    def update(self, killed: float | None = None) -> None:
+        """Looks at what is new.
+
+        Args:
+            killed: When the campaign was killed; what orphaned workers ended later is nobody's loss.
+        """
         log = read_log(self.folder)
         new = log[self.seen :]
-        self.ran_again += sum(key in self.done and key not in self.replayable for key in new)
-        self.removed_ran_again += len(self.removed.intersection(new))
+        started = simulations(new[~new["ended"]])
+        self.ran_again += sum(key in self.done and key not in self.replayable for key in started)
+        self.removed_ran_again += len(self.removed.intersection(started))
         before, self.seen = self.done, len(log)
         self.done, self.replayable, _ = finished(self.folder)
         self.vanished += len(before - self.done)
         self.held.append(len(self.done))
+        if killed is not None:
+            ended = set(simulations(new[new["ended"] & (new["time"] < killed)]))
+            self.ended |= ended
+            self.lost.append(ended - self.done)
 
     def remove_a_file(self) -> None:
         """Loses some finished rows on purpose, which must then run again: what has no such rows proves nothing."""
@@ -189,6 +227,16 @@ class Account:
         before = self.done
         self.done, self.replayable, _ = finished(self.folder)
         self.removed = before - self.done
+        self.removed_counted_as_lost = len(self.removed & (self.ended - self.done))
+
+
+def most_lost(workers: int, batch_size: int | None) -> float:
+    """Seconds of simulations that may have ended before a kill and be lost.
+
+    Those of a batch per worker and one more on its way back, and of quick batches that wait to be written together.
+    """
+    batch = 2 * BATCH_SECONDS if batch_size is None else batch_size * (SECONDS[1] + SECONDS[2])  # it doubles to fit
+    return (workers + 1) * max(batch, SECONDS[2]) + workers * (WAITING_SECONDS + BUSY_SECONDS)
 
 
 def kill_and_resume(folder: Path, *, kills: int, workers: int, seed: int, remove: bool = False) -> dict[str, Any]:
@@ -203,52 +251,66 @@ def kill_and_resume(folder: Path, *, kills: int, workers: int, seed: int, remove
     """
     chance = random.Random(seed)
     n = (4000 * kills + 8000, 30 * kills + 60, 80 * kills + 240)
-    simulations = (n[0] + n[1], n[1] + n[2], n[2])
-    account, orphans = Account(folder), []
+    wanted = (n[0] + n[1], n[1] + n[2], n[2])
+    account, orphans, most = Account(folder), [], []
     for turn in range(kills):
-        child = Child(folder, n, workers=workers, batch_size=chance.choice([None, None, 1, 16]))
-        left = float(np.dot(simulations, SECONDS)) - sum(SECONDS[level] for level, _ in account.done)
+        batch_size = chance.choice([None, None, 1, 16])
+        most.append(most_lost(workers, batch_size))
+        child = Child(folder, n, workers=workers, batch_size=batch_size)
+        left = float(np.dot(wanted, SECONDS)) - seconds_of(account.done)
         share = min(chance.uniform(0, 1.5 * left / (kills - turn + 1)), left - 3.0)
         try:
-            _kill(child, account, chance, share)
+            killed = _kill(child, account, chance, share)
             orphans.append(child.outlived_by())
         finally:
             child.close()
-        account.update()
+        account.update(killed)
     if remove:
         account.remove_a_file()
     os.environ |= {"KILLING_LOG": str(folder / "log"), "KILLING_HASTE": "1"}
     data = campaign(n, folder / "store")
     account.update()
-    log, replays = collections.Counter(read_log(folder)), finished(folder)[2]
+    log, replays = collections.Counter(begun(folder)), finished(folder)[2]
     os.environ.pop("KILLING_LOG")
-    again = log.total() - len(log) - replays - account.removed_ran_again
+    lost, lost_seconds = [len(each) for each in account.lost], [seconds_of(each) for each in account.lost]
+    again = log.total() - len(log) - replays - account.removed_ran_again - sum(lost)
     return {
         "kills": kills, "workers": workers,
         "finished_ran_again": account.ran_again, "finished_vanished": account.vanished,
         "finished_at_each_kill": account.held[:-1], "longest_orphan_seconds": max(orphans),
+        "finished_but_lost": sum(lost), "finished_but_lost_seconds": sum(lost_seconds),
+        "finished_but_lost_at_each_kill": lost, "finished_but_lost_seconds_at_each_kill": lost_seconds,
+        "most_seconds_that_may_be_lost_at_each_kill": most,
+        "finished_but_lost_per_kill": spread(lost), "finished_but_lost_seconds_per_kill": spread(lost_seconds),
         "removed": len(account.removed), "removed_ran_again": account.removed_ran_again,
-        "rows": sum(n), "simulations": sum(simulations), "different_ones_started": len(log), "started": log.total(),
+        "removed_counted_as_lost": account.removed_counted_as_lost,
+        "rows": sum(n), "simulations": sum(wanted), "different_ones_started": len(log), "started": log.total(),
         "replays": replays, "under_way_at_a_kill_and_started_again": again,
         "identical": same(simulate(make_stack(), n, seed=1, progress=False), data) and data.n == n,
     }  # fmt: skip
 
 
-def _kill(child: Child, account: Account, chance: random.Random, share: float) -> None:
-    """Kills the campaign while it starts, or when it has done some seconds of work."""
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "maximum": max(values)}
+
+
+def _kill(child: Child, account: Account, chance: random.Random, share: float) -> float:
+    """Kills the campaign while it starts, or when it has done some seconds of work; returns the moment."""
     log = account.folder / "log"
 
     def far_enough() -> bool:
-        new = np.fromfile(log, ENTRY, offset=account.seen * ENTRY.itemsize)["level"] if log.exists() else []
-        return len(new) > 0 and float(np.array(SECONDS)[new].sum()) >= share
+        new = np.fromfile(log, ENTRY, offset=account.seen * ENTRY.itemsize) if log.exists() else np.empty(0, ENTRY)
+        return len(new) > 0 and float(np.array(SECONDS)[new["level"][~new["ended"]]].sum()) >= share
 
     if chance.random() < 0.2:
         time.sleep(chance.uniform(0, 3.0))
     elif child.wait_for(far_enough):
         time.sleep(chance.uniform(0, 0.3))
+    killed = time.monotonic()
     child.process.kill()
     if child.process.wait() != -signal.SIGKILL:
         raise RuntimeError(f"The campaign ended before it was killed: {child.said()}")
+    return killed
 
 
 def interrupt(folder: Path, *, workers: int, group: bool) -> dict[str, Any]:
@@ -262,7 +324,7 @@ def interrupt(folder: Path, *, workers: int, group: bool) -> dict[str, Any]:
     n = (1000, 20, 400)
     child = Child(folder, n, workers=workers, batch_size=1)
     try:
-        if not child.wait_for(lambda: len(read_log(folder)) > 150):
+        if not child.wait_for(lambda: len(begun(folder)) > 150):
             raise RuntimeError(child.said())
         start = time.monotonic()
         (os.killpg if group else os.kill)(child.process.pid, signal.SIGINT)
@@ -271,10 +333,10 @@ def interrupt(folder: Path, *, workers: int, group: bool) -> dict[str, Any]:
         said = child.said()
     finally:
         child.close()
-    begun, done = set(read_log(folder)), finished(folder)[0]
+    started, done = set(begun(folder)), finished(folder)[0]
     return {
         "exit_code": code, "seconds": seconds, "orphan_seconds": orphans, "said": said[-2000:],
-        "finished": len(done), "begun_and_not_kept": len(begun - done),
+        "finished": len(done), "begun_and_not_kept": len(started - done),
         "identical": same(simulate(make_stack(), n, seed=1, progress=False), campaign(n, folder / "store")),
     }  # fmt: skip
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, SimulationError, simulate
+from mlsbi import BoxPrior, Level, LevelStack, MultilevelData, SimulationError, per_sample, simulate
 from mlsbi.simulation.campaign import simulate_joint, simulate_level
 from mlsbi.simulation.seeding import BLOCK, RowSource
 from mlsbi.store.records import TEST_STREAM
@@ -187,6 +187,43 @@ def unseeded_noise(n, generator):
 def test_changes_in_place_are_found_where_they_happen(options):
     with pytest.raises(ValueError, match="level 'low' changed theta or noise in place"):
         run(make(low=changing), **options)
+
+
+def spoiling(theta, noise):
+    x = low(theta, noise)
+    theta[theta[:, 0] > 0.9] = 0.5  # rare, and in none of the first rows
+    return x
+
+
+@per_sample
+def spoiling_row(theta, noise):
+    x = theta[:1] + noise["u"]
+    if theta[0] > 0.9:
+        theta[:], noise["u"][:] = 0.5, 0.0
+    return x
+
+
+def test_rows_that_a_simulator_changes_are_its_own():
+    stack = make(low=spoiling_row, high=spoiling_row)
+    data = run(stack, n=(300, 50))
+    for stream, n in enumerate((300, 50)):
+        theta, u = draw_rows(make(), 0, n, seed=1, stream=stream)
+        changed = theta[:, 0] > 0.9
+        assert bool(changed.any())
+        assert not bool(changed[:2].any())
+        assert torch.equal(data.levels[stream].theta, theta)
+        assert torch.equal(data.levels[stream].fine, low(theta, u))
+    assert torch.equal(data.levels[1].coarse, data.levels[1].fine)  # which is run after it
+    with ThreadPoolExecutor(2) as pool:
+        assert equal(data, run(stack, n=(300, 50), executor=pool))
+    assert equal(data, run(stack, n=(300, 50), workers=2))
+
+
+@pytest.mark.parametrize("level", ["low", "high"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_late_changes_of_theta_in_place_are_found(level, threads):
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match=f"level '{level}' changed theta or noise in"):
+        run(make(**{level: spoiling}), executor=pool if threads > 1 else None)
 
 
 def test_blocks_are_drawn_once():

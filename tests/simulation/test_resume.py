@@ -1,16 +1,31 @@
+import errno
 import json
 import multiprocessing
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from mlsbi import BoxPrior, Level, LevelStack, StoreError, accept_code, open_store, optimal_allocation, pilot, simulate
+from mlsbi import (
+    BoxPrior,
+    Level,
+    LevelStack,
+    MultilevelData,
+    StoreError,
+    accept_code,
+    open_store,
+    optimal_allocation,
+    per_sample,
+    pilot,
+    simulate,
+)
 from mlsbi.simulation.campaign import simulate_level
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.sets import simulate_sets
-from mlsbi.store.records import TEST_STREAM
+from mlsbi.store.records import TEST_STREAM, Stream
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0], names=["a", "b"])
 
@@ -23,10 +38,11 @@ class Counted:
     """A simulator that counts its rows in this process."""
 
     def __init__(self, function):
-        self.function, self.rows, self.left = function, 0, []
+        self.function, self.rows = function, 0
 
     def __call__(self, theta, noise):
-        if self.left and self.rows >= self.left[0]:
+        left = os.environ.get(f"MLSBI_TEST_LEFT_{self.function.__name__}")  # held here it would be part of the stack
+        if left is not None and self.rows >= int(left):
             raise KeyboardInterrupt
         self.rows += len(theta)
         return self.function(theta, noise)
@@ -99,17 +115,94 @@ def test_more_rows_are_simulated_and_fewer_are_read(tmp_path, counted):
 
 
 @pytest.mark.parametrize("left", [0, 2, 5, 31, 200, 700])
-def test_an_interrupted_campaign_goes_on_where_it_was(left, tmp_path, counted):
-    counted[0].left.append(left)
+def test_an_interrupted_campaign_goes_on_where_it_was(left, tmp_path, counted, monkeypatch):
+    monkeypatch.setenv("MLSBI_TEST_LEFT_low", str(left))
     with pytest.raises(KeyboardInterrupt):
         run(stack_of(*counted), n=(900, 40), batch_size=30, store=tmp_path / "store")
     done = counted[0].rows
-    counted[0].left.clear()
+    monkeypatch.delenv("MLSBI_TEST_LEFT_low")
     data = run(stack_of(*counted), n=(900, 40), batch_size=30, store=tmp_path / "store")
     assert equal(data, run(n=(900, 40)))
     assert data.runs == run(n=(900, 40)).runs  # replays too are not made twice
     assert counted[0].rows <= data.runs[0] + 2  # at most the rows between a level's run and its file
     assert done <= counted[0].rows
+
+
+def low_row(theta, noise):
+    return theta[:1] + noise["u"]
+
+
+def test_rows_that_run_one_by_one_are_kept_one_by_one_from_the_first(tmp_path):
+    calls = []
+
+    @per_sample
+    def interrupted(theta, noise):
+        calls.append(theta.tolist())
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return theta[:1] - noise["u"]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stack_of(per_sample(low_row), interrupted), store=tmp_path / "store")
+    kept = open_store(tmp_path / "store")
+    assert list(kept.ok(Stream(1, 1, (0, 1)))) == [(0, 1)]
+    assert kept.data().levels[1].theta.tolist() == calls[:1]
+
+
+def test_a_simulator_may_change_the_working_directory(tmp_path, monkeypatch):
+    def wandering(theta, noise):
+        os.chdir(tmp_path / "elsewhere")
+        return low(theta, noise)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = run(stack_of(wandering, high), store="store")
+    assert equal(data, run())
+    assert equal(open_store(tmp_path / "store").data(), data)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_on_a_full_disk_workers_finish_and_nothing_is_lost(tmp_path, monkeypatch):
+    log, sync = tmp_path / "log", os.fsync
+    log.mkdir()
+
+    @per_sample
+    def noted(theta, noise):
+        name = theta.tobytes().hex()
+        (log / f"{name} begun").touch()
+        time.sleep(0.06)  # what takes that long is worth a file at once
+        (log / f"{name} ended").touch()
+        return theta[:1] - noise["u"]
+
+    def fsync(descriptor):
+        if len(list(log.glob("* ended"))) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    def noted_as(what):
+        return {path.name.split()[0] for path in log.glob(f"* {what}")}
+
+    def names(theta):
+        return {row.tobytes().hex() for row in theta.numpy()}
+
+    stack, n = stack_of(per_sample(low_row), noted), (20, 24)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StoreError, match="no space left") as caught:
+        run(stack, n=n, workers=2, batch_size=1, store=tmp_path / "store")
+    monkeypatch.setattr(os, "fsync", sync)
+    part, kept = caught.value.data, open_store(tmp_path / "store").data()
+    assert noted_as("begun") == noted_as("ended") == names(part.levels[1].theta)
+    assert 0 < len(kept.levels[1]) < len(part.levels[1]) < n[1]
+    for path in log.iterdir():
+        path.unlink()
+    undisturbed = simulate(stack_of(per_sample(low_row), per_sample(lambda theta, noise: theta[:1] - noise["u"])), n,
+                           seed=1, progress=False)
+    assert equal(run(stack, n=n, reuse=part), undisturbed)
+    assert noted_as("begun") == names(undisturbed.levels[1].theta) - names(part.levels[1].theta)
+    for path in log.iterdir():
+        path.unlink()
+    assert equal(run(stack, n=n, store=tmp_path / "store"), undisturbed)
+    assert noted_as("begun") == names(undisturbed.levels[1].theta) - names(kept.levels[1].theta)
 
 
 def test_the_finest_level_is_run_first(tmp_path):
@@ -160,6 +253,43 @@ def test_measured_costs_come_from_the_store(tmp_path):
     assert measured.spent == pytest.approx(sum(n * cost for n, cost in zip(report.data.runs, costs, strict=True)))
     with pytest.raises(ValueError, match="A store measures"):
         report.with_costs([1.0, float("nan")])
+
+
+@pytest.mark.parametrize("what", ["pilot", "arrays", "all", "own", "head"])
+def test_reused_rows_are_never_repeated(what, tmp_path):
+    store, n = tmp_path / "store", (400, 60)
+    report = pilot(PLAIN, 16, seed=0, store=store, progress=False)
+    first = run(n=(90, 7))
+    arrays = MultilevelData.from_arrays([tuple(array for array in (level.theta, level.fine, level.coarse)
+                                               if array is not None) for level in first], PLAIN.names)
+    run(n=(300, 30), reuse=first, store=store)  # so that the store has neither the first rows nor the last
+    kept = open_store(store)
+    reuse = {"pilot": report.data, "arrays": arrays, "all": kept.data(), "own": kept.data(seed=1),
+             "head": kept.data().head((40, 25))}[what]  # fmt: skip
+    for data in (run(n=n, store=store, reuse=reuse), run(n=n, reuse=reuse)):
+        assert data.n == n
+        for level, old in zip(data, reuse, strict=True):
+            assert len(torch.unique(level.theta, dim=0)) == len(level)
+            assert torch.equal(level.theta[:len(old)], old.theta)
+        assert equal(data, run(n=n)) == (what == "arrays")  # the others have rows of another seed, or lack the first
+        if what == "pilot":  # whose seed is another: the campaign's own rows begin with the first
+            for level, old, own in zip(data, reuse, run(n=n), strict=True):
+                assert torch.equal(level.theta[len(old):], own.theta[:len(level) - len(old)])
+
+
+@pytest.mark.filterwarnings("ignore:Replaced rows")
+def test_reused_rows_among_which_some_failed_are_never_repeated(tmp_path):
+    def failing(theta, noise):
+        return torch.where(theta[:, :1] < 0.5, torch.nan, high(theta, noise))
+
+    stack = stack_of(low, failing)
+    for seed in range(20):
+        store, options = tmp_path / str(seed), {"seed": seed, "on_failure": "redraw"}
+        run(stack, n=(9, 9), reuse=run(stack, n=(9, 4), **options), store=store, **options)
+        for reuse in (open_store(store).data(), run(stack, n=(20, 7), **options)):
+            data = run(stack, n=(30, 20), reuse=reuse, store=store, **options)
+            assert data.n == (30, 20)
+            assert [len(torch.unique(level.theta, dim=0)) for level in data] == [30, 20]
 
 
 def test_test_rows_and_sets_are_kept_too(tmp_path, counted):
