@@ -123,6 +123,8 @@ def test_claims_about_the_store_are_the_measured_ones():
     assert f"In {kills['kills']} kills" in README
     assert kills["finished_ran_again"] == kills["finished_vanished"] == 0
     assert kills["identical"]
+    lost = kills["finished_but_lost_seconds_per_kill"]
+    assert f"was {lost['median']:.2f} s of simulation per kill (median), {lost['maximum']:.1f} s at most" in README
 
 
 def test_results_say_where_they_come_from():

@@ -125,9 +125,10 @@ def simulate(
     _check_request(stack, n, reuse)
     lost = reuse.failures if reuse is not None else (0,) * len(stack)
     gaps = lost if on_failure == "drop" else (0,) * len(stack)
+    more = [max(n[level] - have[level] - gaps[level], 0) for level in range(len(stack))]
     terms = [
-        make_term(stack, seed, level, slice(max(level - 1, 0), level + 1), max(n[level] - have[level] - gaps[level], 0),
-              first=_first_row(stack, seed, level, reuse), label=names[level])
+        make_term(stack, seed, level, slice(max(level - 1, 0), level + 1), more[level],
+                  first=_first_row(stack, seed, level, reuse, more[level]), label=names[level])
         for level in range(len(stack))
     ]
     checked = reuse is not None and reuse.checked
@@ -198,18 +199,22 @@ def simulate_level(
     return joint.theta, joint.outputs[0]
 
 
-def _first_row(stack: LevelStack, seed: int, level: int, reuse: MultilevelData | None) -> int:
-    """The first row of a level's stream behind all that the reused data has: it is extended, never repeated."""
+def _first_row(stack: LevelStack, seed: int, level: int, reuse: MultilevelData | None, more: int) -> int:
+    """The first row of a level's stream behind all that the reused data has: it is extended, never repeated.
+
+    Rows are looked for as far as `more` rows, twice as many where some fail, would reach.
+    """
     if reuse is None or len(reuse.levels[level]) == 0:
         return 0
-    tried = len(reuse.levels[level]) + reuse.failures[level]
-    drawn = RowSource(stack, seed=seed, stream=level).thetas(2 * tried + BLOCK)
-    known = {row.tobytes() for row in reuse.levels[level].theta.to(drawn.dtype).numpy()}
-    found = [place for place, row in enumerate(drawn.numpy()) if row.tobytes() in known]
-    if not found:
-        return 0
-    within = found[-1] + 1 - len(found)  # failed rows among those; the others failed behind the last
-    return found[-1] + 1 + max(reuse.failures[level] - within, 0)
+    first, source = 0, RowSource(stack, seed=seed, stream=level)
+    while True:
+        drawn = source.thetas(first + 2 * (more + len(reuse.levels[level]) + reuse.failures[level]) + BLOCK)
+        known = {row.tobytes() for row in reuse.levels[level].theta.to(drawn.dtype).numpy()}
+        found = [place for place, row in enumerate(drawn.numpy()) if row.tobytes() in known]
+        if not found or found[-1] < first:
+            return first
+        within = found[-1] + 1 - len(found)  # failed rows among those; the others failed behind the last
+        first = found[-1] + 1 + max(reuse.failures[level] - within, 0)
 
 
 def _assemble(

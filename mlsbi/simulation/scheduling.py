@@ -39,7 +39,8 @@ _ROW_BATCH_SECONDS = 0.05  # where rows run one by one, so that larger batches s
 _LONGEST_TRIAL = 10.0  # seconds that a larger batch may take to see whether it is cheaper by the row
 _CHEAPER = 0.8  # of the seconds a row, to go on to an even larger one
 _TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
-_PATIENCE = 60  # seconds without a result after which a cluster's workers are counted
+_PAUSE = 0.25  # seconds after which what waits in the ledger is looked at
+_PATIENCE = 60.0  # seconds without a result after which a cluster's workers are counted
 _ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
 _MOST_REDRAWN = 10  # times the rows wanted, and 100, that redrawing may run
 _FAILURES_KEPT = 5  # shown in an error
@@ -112,7 +113,7 @@ class Runner:
         self._again: deque[Batch] = deque()
         self._flying: dict[Future[Any], Batch] = {}
         self._stopped: Exception | None = None
-        self._idle = 0  # seconds in which nothing came back
+        self._idle = 0.0  # seconds in which nothing came back
 
     def probe(self, terms: Sequence[Term]) -> None:
         """Runs the first rows of terms of which none is finished, and sees to it that levels keep their contract."""
@@ -220,12 +221,12 @@ class Runner:
 
     def _receive(self) -> None:
         """Takes what has come back; after a worker's death everything under way is looked at again."""
-        done, _ = wait(self._flying, timeout=1.0, return_when=FIRST_COMPLETED)
-        self._idle = 0 if done else self._idle + 1
+        done, _ = wait(self._flying, timeout=_PAUSE, return_when=FIRST_COMPLETED)
+        self._idle = 0.0 if done else self._idle + _PAUSE
         self.progress.refresh()
         if self._idle == _PATIENCE and self.workers.deserted:
-            warnings.warn(f"Nothing has come back for {_PATIENCE} s and the cluster has no worker; waiting for one. Is "
-                          "its queue long, or did its workers die?", stacklevel=2)
+            warnings.warn(f"Nothing has come back for {_PATIENCE:.0f} s and the cluster has no worker; waiting for one. "
+                          "Is its queue long, or did its workers die?", stacklevel=2)
         died: list[tuple[Batch, BaseException]] = []
         for future in sorted(done, key=lambda future: (self._flying[future].term.place, self._flying[future].start)):
             batch = self._flying.pop(future)
@@ -447,7 +448,7 @@ class Runner:
         if term.row_seconds * _PROBED < 0.02 and not _runs_row_by_row(term):  # a call costs little: vectorised
             quick = int(_BATCH_SECONDS / max(term.row_seconds, 1e-6))
             return max(1, min(_LARGEST_BATCH, quick, math.ceil(rows / (4 * self.workers.width - 3))))
-        batch = max(1, min(BLOCK, int(_seconds_of_batch(term) / max(term.row_seconds, 1e-6))))
+        batch = max(1, min(BLOCK, math.ceil(_seconds_of_batch(term) / max(term.row_seconds, 1e-6))))
         if not _runs_row_by_row(term) and batch <= _PROBED and 2 * _PROBED * term.row_seconds < _LONGEST_TRIAL:
             return 2 * _PROBED  # is a larger batch cheaper by the row?
         return batch

@@ -34,7 +34,7 @@ SECONDS = (5e-5, 0.004, 0.012)  # of one run of each level
 BATCH_SECONDS = 0.05  # what the scheduler has a batch of rows take that run one by one
 WAITING_SECONDS = 0.5  # that quick batches may wait in memory
 BUSY_SECONDS = 0.2  # that it may take to pass results on beside, where processors are few
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 def simulate_for_a_while(level: int, theta: Any) -> None:

@@ -379,3 +379,10 @@ def test_a_campaign_of_another_process_is_seen(tmp_path):
 
 def _run_in(store):
     run(n=(100, 2), store=store)
+
+
+def test_reused_rows_far_behind_the_first_are_not_repeated(tmp_path):
+    run(n=(3000, 30), reuse=run(n=(2500, 20)), store=tmp_path / "store")
+    behind = open_store(tmp_path / "store").data(seed=1)  # 500 rows of level 0, behind 2500 that it does not have
+    data = run(n=(4000, 60), reuse=behind)
+    assert [len(torch.unique(level.theta, dim=0)) for level in data] == [4000, 60]
