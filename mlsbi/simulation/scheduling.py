@@ -225,7 +225,7 @@ class Runner:
         self._idle = 0.0 if done else self._idle + _PAUSE
         self.progress.refresh()
         if self._idle == _PATIENCE and self.workers.deserted:
-            warnings.warn(f"Nothing has come back for {_PATIENCE:.0f} s and the cluster has no worker; waiting for one. "
+            warnings.warn(f"Nothing has come back for {_PATIENCE:.0f} s and the cluster has no worker; waiting. "
                           "Is its queue long, or did its workers die?", stacklevel=2)
         died: list[tuple[Batch, BaseException]] = []
         for future in sorted(done, key=lambda future: (self._flying[future].term.place, self._flying[future].start)):
