@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from likelihood_distance import likelihood_kl
 from runner import resume_cell, summarise, write_result
 
 from mlsbi import NLE, Multilevel, TrainingOptions, TransferLearning, tasks
 from mlsbi.density.registry import builder_to_config
-from mlsbi.diagnostics import kld
 
 STRATEGIES: dict[str, Any] = {
     "multilevel": "multilevel",
@@ -40,13 +40,8 @@ def run_cell(strategy: str, pairs: int, seed: int) -> dict[str, Any]:
     data = task.simulate((LOW_ROWS, pairs), seed)
     nle = NLE(task.prior, strategy=STRATEGIES[strategy], density=task.density, x_transform=task.x_transform, seed=seed)
     nle.fit(data, progress=False)
-    theta, x = task.test(TEST_ROWS, seed)
-    log_p, log_q = task.likelihood(x, theta), nle.likelihood.log_prob(x, theta)
-    score = kld((log_p - log_q).double().numpy()[None], torch.zeros(1, TEST_ROWS).numpy())
     return {
-        "kld": score.mean, "median": score.median, "test_error": score.standard_error,
-        "exact_nll": -log_p.double().mean().item(), "epochs": len(nle.history.epochs),
-        "seconds": nle.history.seconds,
+        **likelihood_kl(nle, task, TEST_ROWS, seed), "epochs": len(nle.history.epochs), "seconds": nle.history.seconds,
     }
 
 

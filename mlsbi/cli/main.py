@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     from mlsbi.simulation.scheduling import SimulationError
-    from mlsbi.training.loop import TrainingError
+    from mlsbi.training.history import TrainingError
 
     try:
         with warnings.catch_warnings():
@@ -143,15 +143,16 @@ def _target(options: argparse.Namespace) -> Any:
 def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
     from mlsbi import tasks
 
+    width = max(map(len, tasks.names()))
     for name in tasks.names():
         try:
             task = tasks.get(name)
         except FileNotFoundError as error:
-            print(f"{name:10s} (its data is not here: see `mlsbi run {name}`)  {str(error).splitlines()[0]}")
+            print(f"{name:{width}s} (its data is not here: see `mlsbi run {name}`)  {str(error).splitlines()[0]}")
             continue
         levels = ", ".join(f"{level} (cost {cost:g})" for level, cost in task.levels)
         budgets = " ".join(",".join(map(str, n)) for n in task.budgets)
-        print(f"{name:10s} {task.title}\n{'':10s} levels: {levels}; budgets: {budgets}")
+        print(f"{name:{width}s} {task.title}\n{'':{width}s} levels: {levels}; budgets: {budgets}")
 
 
 def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:

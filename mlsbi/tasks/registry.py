@@ -15,6 +15,7 @@ _MODULES = {
     "ou": "mlsbi.tasks.ou",
     "camels": "mlsbi.tasks.camels",
     "g_and_k": "mlsbi.tasks.g_and_k",
+    "toggle_switch": "mlsbi.tasks.toggle_switch",
 }
 
 
