@@ -69,11 +69,11 @@ class ConditionalDensity(nn.Module):
 @torch.no_grad()
 def _embedded_length(embedding: nn.Module, shape: torch.Size) -> int:
     """Length of an embedding's vectors, the same for two rows and for three."""
-    device = next((parameter.device for parameter in embedding.parameters()), None)
+    like = next(embedding.parameters(), torch.empty(0))
     training = embedding.training
     embedding.eval()  # so that zeros leave no trace in batch statistics
     try:
-        found = [tuple(embedding(torch.zeros(rows, *shape, device=device)).shape) for rows in (2, 3)]
+        found = [tuple(embedding(like.new_zeros(rows, *shape)).shape) for rows in (2, 3)]
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"The embedding cannot read rows of shape {tuple(shape)}: {error}") from error
     finally:

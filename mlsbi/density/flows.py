@@ -2,23 +2,30 @@ r"""Conditional density estimators built from nflows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.nn.nets import ResidualNet
-from nflows.transforms import CompositeTransform, MaskedAffineAutoregressiveTransform, ReversePermutation
+from nflows.transforms import CompositeTransform
 from nflows.utils import create_alternating_binary_mask
 from torch import Tensor, nn
 
-from mlsbi.density.splines import SolvedLULinear, SplineCoupling
+from mlsbi.density.autoregressive import AffineAutoregressive
+from mlsbi.density.columns import ColumnResidualNet
+from mlsbi.density.linear import Reversal, SolvedLULinear
+from mlsbi.density.splines import SplineCoupling
 
 __all__ = ["MAF", "NSF", "FlowDensity"]
 
 
 class FlowDensity(nn.Module):
-    """An nflows flow behind the two methods that training and posteriors use."""
+    """An nflows flow behind the two methods that training and posteriors use.
+
+    Args:
+        flow: A flow to the standard normal whose transforms have `columns`, as those of this folder.
+    """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -26,15 +33,23 @@ class FlowDensity(nn.Module):
 
     def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given `condition` (n, condition_dim), shape `(n,)`."""
-        return self.flow.log_prob(input, condition)
+        # Not `Flow.log_prob`, which adds in place and looks at its inputs.
+        x, condition = input.T, condition.T.contiguous()
+        log_det = -0.5 * math.log(2 * math.pi) * len(x)
+        for layer in self.flow._transform._transforms:
+            x, log_slope = layer.columns(x, condition)
+            log_det = log_det + log_slope
+        return log_det - 0.5 * x.square().sum(0)
 
     def sample(self, n: int, condition: Tensor) -> Tensor:
         """Draws `(n, B, dim)` given `condition` (B, condition_dim), from torch's global random state."""
         # Not `Flow.sample`, whose noise has the default dtype whatever the flow's.
         shape = self.flow._distribution._shape
         noise = torch.randn(len(condition) * n, *shape, dtype=condition.dtype, device=condition.device)
-        drawn, _ = self.flow._transform.inverse(noise, condition.repeat_interleave(n, 0))
-        return drawn.reshape(len(condition), n, *shape).transpose(0, 1)
+        x, repeated = noise.T, condition.T.repeat_interleave(n, 1)
+        for layer in reversed(self.flow._transform._transforms):
+            x, _ = layer.columns(x, repeated, inverse=True)
+        return x.T.reshape(len(condition), n, *shape).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -82,10 +97,10 @@ class NSF:
             raise ValueError(f"Expected at least 2 transforms for {dim} features: one coupling changes only half of "
                              "them.")
 
-        def network(inputs: int, outputs: int) -> ResidualNet:
-            return ResidualNet(
-                inputs, outputs, hidden_features=self.hidden, context_features=condition_dim,
-                num_blocks=self.blocks, dropout_probability=self.dropout,
+        def network(inputs: int, outputs: int) -> ColumnResidualNet:
+            return ColumnResidualNet(
+                inputs, outputs, condition_dim=condition_dim, hidden=self.hidden, blocks=self.blocks,
+                dropout=self.dropout,
             )
 
         layers: list[nn.Module] = []
@@ -95,23 +110,6 @@ class NSF:
             layers.append(SplineCoupling(mask, network, num_bins=self.bins, tails="linear", tail_bound=self.tail_bound))
             layers.append(SolvedLULinear(dim))
         return FlowDensity(Flow(CompositeTransform(layers), StandardNormal([dim])))
-
-
-class _Conditioned(nn.Module):
-    """A masked network of nflows whose first feature, blind there, sees the condition through layers of its own."""
-
-    def __init__(self, made: nn.Module, condition_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.made = made
-        last = nn.Linear(hidden, 2)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.first = nn.Sequential(nn.Linear(condition_dim, hidden), nn.ReLU(), last)
-
-    def forward(self, inputs: Tensor, context: Tensor) -> Tensor:
-        """Scale and shift of every feature, those of the first one first, shape `(n, 2 * features)`."""
-        both = self.made(inputs, context)
-        return torch.cat([both[:, :2] + self.first(context), both[:, 2:]], 1)
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,8 @@ class MAF:
         layers: list[nn.Module] = []
         for index in range(self.transforms):
             if index:
-                layers.append(ReversePermutation(dim))
-            transform = MaskedAffineAutoregressiveTransform(
-                dim, hidden_features=max(self.hidden, dim), context_features=condition_dim, num_blocks=self.blocks,
-                dropout_probability=self.dropout,
-            )
-            transform.autoregressive_net = _Conditioned(transform.autoregressive_net, condition_dim, self.hidden)
-            layers.append(transform)
+                layers.append(Reversal(dim))
+            layers.append(AffineAutoregressive(
+                dim, condition_dim=condition_dim, hidden=self.hidden, blocks=self.blocks, dropout=self.dropout,
+            ))
         return FlowDensity(Flow(CompositeTransform(layers), StandardNormal([dim])))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mlsbi.density.columns import linear
+
 __all__ = ["MDN", "MixtureDensity"]
 
 
@@ -59,16 +61,12 @@ class MixtureDensity(nn.Module):
         components: K.
     """
 
-    below: Tensor
-
     def __init__(self, body: nn.Module, hidden: int, condition_dim: int, dim: int, components: int) -> None:
         super().__init__()
         self.dim, self.components = dim, components
         self.body = body
         self.head = nn.Linear(hidden, components * (1 + 2 * dim + dim * (dim - 1) // 2))
         self.line = nn.Linear(condition_dim, components * dim, bias=False)
-        rows, columns = torch.tril_indices(dim, dim, -1)
-        self.register_buffer("below", rows * dim + columns, persistent=False)
         with torch.no_grad():  # Gaussians start as wide as standardised data, at centres that differ
             self.head.weight.mul_(0.1)
             self.line.weight.zero_()
@@ -77,30 +75,40 @@ class MixtureDensity(nn.Module):
 
     def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given `condition` (n, condition_dim), shape `(n,)`."""
-        log_weight, mean, log_diagonal, factor = self._read(condition)
-        white = (factor @ (input[:, None] - mean)[..., None])[..., 0]  # (n, K, dim)
-        log_normal = log_diagonal.sum(-1) - 0.5 * (white.square().sum(-1) + self.dim * math.log(2 * math.pi))
-        return (log_weight + log_normal).logsumexp(-1)
+        logits, mean, log_diagonal, below = self._read(condition)
+        centred = input.T - mean  # (K, dim, n)
+        white = log_diagonal.exp() * centred
+        white = torch.stack([
+            white[:, row] + (below[:, _row(row)] * centred[:, :row]).sum(1) if row else white[:, 0]
+            for row in range(self.dim)
+        ], 1)
+        log_normal = log_diagonal.sum(1) - 0.5 * (white.square().sum(1) + self.dim * math.log(2 * math.pi))
+        return (logits.log_softmax(0) + log_normal).logsumexp(0)
 
     def sample(self, n: int, condition: Tensor) -> Tensor:
         """Draws `(n, B, dim)` given `condition` (B, condition_dim), from torch's global random state."""
-        log_weight, mean, _, factor = self._read(condition)
-        chosen = torch.multinomial(log_weight.exp(), n, replacement=True).T  # (n, B)
-        rows = torch.arange(len(condition), device=condition.device)
-        noise = torch.randn(n, len(condition), self.dim, device=condition.device)
-        white = torch.linalg.solve_triangular(factor[rows, chosen], noise[..., None], upper=False)
-        return mean[rows, chosen] + white[..., 0]
+        logits, mean, log_diagonal, below = self._read(condition)
+        chosen = torch.multinomial(logits.softmax(0).T, n, replacement=True).T[:, None]  # (n, 1, B)
+        mean, log_diagonal, below = (
+            part.gather(0, chosen.expand(-1, part.shape[1], -1)) for part in (mean, log_diagonal, below)
+        )
+        noise = torch.randn(n, len(condition), self.dim, dtype=condition.dtype, device=condition.device)
+        away: list[Tensor] = []  # from the mean: U^-1 noise, row by row
+        for row in range(self.dim):
+            known = (below[:, _row(row)] * torch.stack(away, 1)).sum(1) if row else 0.0
+            away.append((noise[..., row] - known) * (-log_diagonal[:, row]).exp())
+        return (mean + torch.stack(away, 1)).transpose(1, 2)
 
     def _read(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log weights (n, K), means and log diagonals (n, K, dim), and factors U (n, K, dim, dim)."""
+        """Logits (K, n), means and log diagonals of U (K, dim, n), and what is below, row by row, (K, ., n)."""
         k, d = self.components, self.dim
-        out = self.head(self.body(condition))
-        logits, mean, log_diagonal, below = out.split([k, k * d, k * d, k * (d * (d - 1) // 2)], dim=-1)
-        mean = mean + self.line(condition)
-        log_diagonal = log_diagonal.unflatten(-1, (k, d))
-        factor = torch.diag_embed(log_diagonal.exp())
-        if d > 1:
-            below = below.unflatten(-1, (k, -1))
-            index = self.below.expand(below.shape)
-            factor = factor + factor.new_zeros(*below.shape[:2], d * d).scatter(-1, index, below).unflatten(-1, (d, d))
-        return logits.log_softmax(-1), mean.unflatten(-1, (k, d)), log_diagonal, factor
+        columns = condition.T.contiguous()
+        out = linear(self.head, self.body(condition).T)
+        logits, mean, log_diagonal, below = out.split([k, k * d, k * d, k * (d * (d - 1) // 2)])
+        mean = mean + self.line.weight @ columns
+        return logits, mean.unflatten(0, (k, d)), log_diagonal.unflatten(0, (k, d)), below.unflatten(0, (k, -1))
+
+
+def _row(row: int) -> slice:
+    """Where the entries of one row of U are among those below the diagonal."""
+    return slice(row * (row - 1) // 2, row * (row + 1) // 2)

@@ -23,7 +23,7 @@ class Standardiser(nn.Module):
     r"""Shifts and scales features by fixed numbers, kept as buffers.
 
     It is fitted once, on rows of all levels together: a standardiser per level would break the telescoping sum.
-    Shift and scale are float64 and rows come out as float32, so that a large offset costs no digits.
+    Shift and scale are float64, so that the large offset of float64 rows costs no digits.
 
     Args:
         mean: Shift, the shape of one row.
@@ -34,6 +34,7 @@ class Standardiser(nn.Module):
         spread: The s above, same shape.
         shared: Axes of a row along which features are exchangeable and so have one mean and scale, as the draws of a
             set or the pixels of an image.
+        dtype: What `forward` and `log_abs_det` return, whatever the rows.
 
     Example:
         >>> standardiser = Standardiser.fit([torch.tensor([[0.0, 5.0], [2.0, 5.0]])])
@@ -55,9 +56,10 @@ class Standardiser(nn.Module):
         centre: Tensor | None = None,
         spread: Tensor | None = None,
         shared: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.transform, self.shared = transform, shared
+        self.transform, self.shared, self.dtype = transform, shared, dtype
         self.register_buffer("mean", mean.double())
         self.register_buffer("scale", scale.double())
         if transform == "asinh":
@@ -66,7 +68,12 @@ class Standardiser(nn.Module):
 
     @classmethod
     def fit(
-        cls, rows: Sequence[Tensor], *, transform: Transform = "none", shared: tuple[int, ...] = ()
+        cls,
+        rows: Sequence[Tensor],
+        *,
+        transform: Transform = "none",
+        shared: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> Standardiser:
         """Mean and standard deviation of all rows together; a constant feature keeps scale 1.
 
@@ -92,12 +99,12 @@ class Standardiser(nn.Module):
         # Below the rounding error of the rows, differences are noise, not signal.
         rounding = 8 * max(torch.finfo(part.dtype).eps for part in rows)
         scale = torch.where(scale <= rounding * mean.abs() + 1e-30, 1.0, scale)
-        return cls(mean, scale, transform=transform, centre=centre, spread=spread, shared=shared)
+        return cls(mean, scale, transform=transform, centre=centre, spread=spread, shared=shared, dtype=dtype)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Standardised rows, `(n, ...)`, float32."""
-        shift, scale = self.mean.to(rows.dtype), self.scale.to(rows.dtype)
-        return (self._bend(rows) - shift).div_(scale).float()
+        """Standardised rows, `(n, ...)`, of `dtype`."""
+        rows = self._finer(rows)
+        return ((self._bend(rows) - self.mean.to(rows.dtype)) / self.scale.to(rows.dtype)).to(self.dtype)
 
     def inverse(self, rows: Tensor) -> Tensor:
         """Rows in their own units, `(..., D)`."""
@@ -108,12 +115,17 @@ class Standardiser(nn.Module):
 
     def log_abs_det(self, rows: Tensor) -> Tensor:
         """Log-determinant of `forward` at rows `(n, ...)`, a scalar where it is the same for all, else `(n,)`."""
-        constant = -self.scale.log().sum().float()
+        constant = -self.scale.log().sum().to(self.dtype)
         if self.transform == "none":
             return constant
+        rows = self._finer(rows)
         far = (rows - self.centre.to(rows.dtype)) / self.spread.to(rows.dtype)
         bend = torch.hypot(far, torch.ones_like(far)).log().flatten(1).sum(1)
-        return constant - self.spread.log().sum().float() - bend.float()
+        return constant - self.spread.log().sum().to(self.dtype) - bend.to(self.dtype)
+
+    def _finer(self, rows: Tensor) -> Tensor:
+        """Rows in their own precision or in that of the result, whichever is finer."""
+        return rows.to(torch.promote_types(rows.dtype, self.dtype))
 
     def _bend(self, rows: Tensor) -> Tensor:
         if self.transform == "none":
