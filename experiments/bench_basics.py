@@ -9,40 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from runner import write_result
+from timing import in_turn
 from torch import nn
 
 from mlsbi import NSF, simulate, tasks
 from mlsbi.strategies.fitting import posterior_problem
 from mlsbi.training.loop import Objective, TrainingOptions, _Trainer
-
-
-def in_turn(one: Callable[[], Any], other: Callable[[], Any], repetitions: int) -> dict[str, float]:
-    """Median seconds of both, run alternately, and the median and range of their ratio pair by pair."""
-    one(), other()
-    pairs = []
-    for _ in range(repetitions):
-        times = []
-        for function in (one, other):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        pairs.append(times)
-    ratios = [a / b for a, b in pairs]
-    return {
-        "seconds": statistics.median(a for a, _ in pairs), "reference_seconds": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "repetitions": repetitions,
-    }
 
 
 def python(code: str) -> Callable[[], Any]:
