@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlsbi.strategies.multilevel import Multilevel
     from mlsbi.strategies.single_level import SingleLevel
     from mlsbi.strategies.transfer import TransferLearning
-    from mlsbi.training.loop import TrainingOptions
+    from mlsbi.training.options import TrainingOptions
 
 __version__ = "0.1.0"
 
@@ -74,7 +74,7 @@ _HOMES = {
     "Multilevel": "strategies.multilevel",
     "SingleLevel": "strategies.single_level",
     "TransferLearning": "strategies.transfer",
-    "TrainingOptions": "training.loop",
+    "TrainingOptions": "training.options",
 }
 _MODULES = ("diagnostics", "plots", "tasks")
 

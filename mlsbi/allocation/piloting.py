@@ -26,8 +26,10 @@ from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.store.records import JOINT_STREAM
 from mlsbi.store.store import Store
 from mlsbi.strategies.fitting import Problem
-from mlsbi.training.loop import Objective, TrainingOptions, minimise
+from mlsbi.training.descent import Objective
+from mlsbi.training.loop import Member, minimise
 from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["PilotReport", "pilot", "pilot_cost"]
 
@@ -268,8 +270,9 @@ def _cross_fit(
     for fold in range(_FOLDS):
         train, held = _fold_terms(problem, sources, fold)
         network = problem.network(NSF(), None, seed=child_seed(seed, JOINT_STREAM, fold)).to(device)
-        minimise(network, [train], [held], objective=Objective(), options=_TRAINING, progress=progress,
-                 seed=child_seed(seed, JOINT_STREAM, fold, 1), label=f"pilot network {fold + 1}/{_FOLDS}")
+        member = Member(network, [train], [held], child_seed(seed, JOINT_STREAM, fold, 1))
+        minimise([member], objective=Objective(), options=_TRAINING, progress=progress,
+                 label=f"pilot network {fold + 1}/{_FOLDS}")
         for found, term in zip(losses, sources, strict=True):
             chosen = torch.arange(len(term)) % _FOLDS == fold
             rows = problem.standardise(term.rows(chosen)).to(device)

@@ -20,7 +20,7 @@ from mlsbi.simulation.opening import OtherStackError, accept_code, store_for
 from mlsbi.store.store import StoreError, open_store
 from mlsbi.strategies.registry import strategy_names
 
-__all__ = ["KEPT", "REQUEST", "STORE", "begin", "is_finished", "is_same", "read_kept", "write_json"]
+__all__ = ["KEPT", "REQUEST", "STORE", "TRAINING", "begin", "is_finished", "is_same", "read_kept", "write_json"]
 
 STORE = "store"
 """Folder of the simulations, in that of a run."""
@@ -30,6 +30,9 @@ REQUEST = "request.json"
 
 KEPT = "record.json"
 """What a finished strategy adds to the results, in its folder."""
+
+TRAINING = "training"
+"""Where an unfinished strategy keeps the state of its training, in its folder."""
 
 _FREE = ("out", "command", "workers", "on_failure", "retry_failed", "accept_code", "overwrite", "progress", "say",
          "device", "x_o")
@@ -162,7 +165,7 @@ def _clear(out: Path, strategies: Sequence[str]) -> None:
     found = list(out.glob("figures/*.png"))
     for name in {*strategies, *strategy_names()}:
         found += [*(out / name).glob("model/model.*"), out / name / "posterior_samples.csv",
-                  out / name / "checks.npz", out / name / KEPT]
+                  out / name / "checks.npz", out / name / KEPT, *(out / name / TRAINING).glob("*/training*")]
     for path in found:
         path.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlsbi.simulation.scheduling import OnFailure
-from mlsbi.training.loop import TrainingOptions
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["FEWEST_ROWS", "RunRequest"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 import mlsbi
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
 from mlsbi.allocation.piloting import PilotReport, pilot, pilot_cost
-from mlsbi.cli.folders import KEPT, STORE, begin, read_kept, write_json
+from mlsbi.cli.folders import KEPT, STORE, TRAINING, begin, read_kept, write_json
 from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
 from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, count_runs, spread
@@ -43,7 +44,7 @@ from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.seeding import RowSource
 from mlsbi.store.records import TEST_STREAM
 from mlsbi.strategies.registry import strategy_to_config
-from mlsbi.training.loop import TrainingError
+from mlsbi.training.history import TrainingError
 from mlsbi.training.objective import Term
 
 __all__ = ["check_budget", "run"]
@@ -134,7 +135,8 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
             log_q[name] = kept[1]
             continue
         try:
-            estimator.fit(data, ensemble=request.ensemble, progress=request.progress)
+            estimator.fit(data, ensemble=request.ensemble, progress=request.progress,
+                          checkpoint=out / name / TRAINING / digest[:16])
         except TrainingError as error:
             if len(estimators) == 1:
                 raise
@@ -147,6 +149,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         records.append(record)
         log_q[name] = arrays.get("log_q", np.empty(0))
         write_json(out / name / KEPT, {"data": digest, "record": record})
+        shutil.rmtree(out / name / TRAINING, ignore_errors=True)  # the model is saved
         # Written anew after every strategy: what is done stays, whatever happens to the next one.
         results["comparison"] = compare(records, log_q)
         results["verdict"] = verdict(results)
@@ -462,7 +465,8 @@ def _trained(history: Any) -> dict[str, Any]:
         "best_epoch": history.best_epoch, "epochs": len(frame), "best_loss": history.best_loss,
         "stopped": history.stopped, "seconds": history.seconds, "n_train": history.n_train,
         "n_validation": history.n_validation,
-        "projected": float(frame["projected"].mean()), "cosine": float(frame["cosine"].mean()),
+        "notes": history.notes,
+        **{name: float(frame[name].mean()) for name in ("projected", "cosine") if name in frame},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,14 +27,18 @@ from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.inference.saving import prior_from_config, prior_to_config, read_option, write_model
 from mlsbi.priors import check_prior
 from mlsbi.randomness import check_device, check_seed, seeded
-from mlsbi.strategies.fitting import Problem, fit_ensemble
+from mlsbi.strategies.fitting import Problem, fit_ensemble, fit_replicates
 from mlsbi.strategies.registry import Strategy, resolve_strategy, strategy_from_config, strategy_to_config
-from mlsbi.training.loop import History, TrainingOptions
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.history import History
+from mlsbi.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Estimator"]
+
+_COMMON = ("strategy", "builder", "embedding", "x_transform", "training", "device")
 
 
 class Estimator(ABC):
@@ -96,21 +100,77 @@ class Estimator(ABC):
     def posterior(self, x_o: Any = None) -> Any:
         """The posterior, with `x_o` as its default observation."""
 
-    def fit(self, data: MultilevelData, ensemble: int = 1, *, progress: bool = True) -> Self:
+    def fit(
+        self,
+        data: MultilevelData,
+        ensemble: int = 1,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Self:
         r"""Trains on coupled simulations.
 
         Args:
             data: Simulations of all levels.
             ensemble: Networks to train; their equal mixture is used. They differ in initialisation and in the rows
                 held out, which pays most when the pairs are few.
+            checkpoint: A folder in which the state of the training is kept, every half minute and at the end. Called
+                again with the same data, options and seed, training goes on from there with the same result; the
+                folder may be deleted once the estimator is saved.
             progress: Whether to show a progress bar.
 
         Returns:
             This estimator, trained.
 
         Raises:
-            ValueError: If the data does not fit the prior or is too small to hold rows out.
+            ValueError: If the data does not fit the prior or is too small to hold rows out, or the checkpoint is of
+                another training.
+            TrainingError: If training gives no network that could be used, or a step does not fit into memory.
         """
+        problem, strategy = self._prepare(data, ensemble)
+        networks, histories = fit_ensemble(
+            problem, self.builder, strategy, members=ensemble, embedding=self.embedding,
+            options=self.training, device=self.device, seed=self.seed, progress=progress,
+            checkpoint=None if checkpoint is None else Checkpoint(Path(checkpoint) / "training"),
+        )
+        return self._accept(data, networks, histories)
+
+    @classmethod
+    def fit_replicates(
+        cls, estimators: Sequence[Self], data: Sequence[MultilevelData], ensemble: int = 1, *, progress: bool = True
+    ) -> None:
+        r"""Trains estimators that differ in seed alone, each on its own data, in one go where that is faster.
+
+        Each is then as after its own `fit`, up to rounding. Benchmarks over many seeds take a fraction of the time.
+
+        Args:
+            estimators: Of one kind, with equal strategy, density, embedding, options and device.
+            data: One data set for each.
+            ensemble: Networks of each.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If numbers or settings differ, or data does not fit.
+        """
+        if len(estimators) != len(data) or not estimators:
+            raise ValueError(f"Expected one data set for each estimator; got {len(data)} for {len(estimators)}.")
+        first = estimators[0]
+        for other in estimators[1:]:
+            if type(other) is not type(first) or any(getattr(other, name) != getattr(first, name)
+                                                     for name in _COMMON):
+                raise ValueError(f"Expected estimators that differ in their seed alone; {', '.join(_COMMON)} must be "
+                                 "equal.")
+        prepared = [estimator._prepare(own, ensemble) for estimator, own in zip(estimators, data, strict=True)]
+        trained = fit_replicates(
+            [problem for problem, _ in prepared], first.builder, prepared[0][1], members=ensemble,
+            seeds=[estimator.seed for estimator in estimators], embedding=first.embedding, options=first.training,
+            device=first.device, progress=progress,
+        )
+        for estimator, own, (networks, histories) in zip(estimators, data, trained, strict=True):
+            estimator._accept(own, networks, histories)
+
+    def _prepare(self, data: MultilevelData, ensemble: int) -> tuple[Problem, Strategy]:
+        """The rows to train on, once everything is checked."""
         if not isinstance(data, MultilevelData):
             raise TypeError(f"Expected MultilevelData, as simulate() gives; got {type(data).__name__}. Wrap arrays by "
                             "MultilevelData.from_arrays([(theta, x), (theta, fine, coarse)]).")
@@ -120,13 +180,16 @@ class Estimator(ABC):
             raise RuntimeError("This estimator was loaded with a strategy of your own, which is not saved: set "
                                ".strategy before training again.")
         data.check()
-        networks, histories = fit_ensemble(
-            self._problem(data), self.builder, self.strategy, members=ensemble, embedding=self.embedding,
-            options=self.training, device=self.device, seed=self.seed, progress=progress,
-        )
+        return self._problem(data), self.strategy
+
+    def _accept(
+        self, data: MultilevelData, networks: Sequence[ConditionalDensity], histories: Sequence[History]
+    ) -> Self:
+        """Takes in what was trained on data."""
+        if self.strategy is not None:
+            self._strategy_config = strategy_to_config(self.strategy)
         self.networks, self.histories = tuple(networks), tuple(histories)
         self.x_shape = tuple(data.levels[0].fine.shape[1:])
-        self._strategy_config = strategy_to_config(self.strategy)
         return self
 
     @property
@@ -213,12 +276,14 @@ class Estimator(ABC):
         input_scaler, condition_scaler = (
             Standardiser(torch.zeros(config[f"{side}_shape"]), torch.ones(config[f"{side}_shape"]),
                          transform=self.x_transform if side == self._transformed() else "none",
-                         shared=shared if side == "condition" else ())
+                         shared=shared if side == "condition" else (), dtype=self.training.dtype)
             for side in ("input", "condition")
         )
         with seeded(0):  # values are overwritten next; only the global state matters
             built = None if self.embedding is None else self.embedding(condition_shape)
             network = ConditionalDensity(self.builder, input_scaler, condition_scaler, built)
+        network.embedding.to(self.training.dtype)
+        network.density.to(self.training.dtype)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -235,4 +300,5 @@ class Estimator(ABC):
 
 
 def _read_history(saved: Mapping[str, Any]) -> History:
-    return History(**{**saved, "n_train": tuple(saved["n_train"]), "n_validation": tuple(saved["n_validation"])})
+    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes") if name in saved))
+    return History(**{**saved, **{name: tuple(saved[name]) for name in tuples}})

@@ -64,7 +64,7 @@ class NLE(Estimator):
         return MCMCPosterior(self.likelihood, self.prior, self.x_shape, x_o, mcmc=mcmc)
 
     def _problem(self, data: MultilevelData) -> Problem:
-        return likelihood_problem(data, self.prior, x_transform=self.x_transform)
+        return likelihood_problem(data, self.prior, x_transform=self.x_transform, dtype=self.training.dtype)
 
     def _transformed(self) -> str:
         return "input"

@@ -52,7 +52,8 @@ class NPE(Estimator):
         return DirectPosterior(self.networks, self.prior, x_o)
 
     def _problem(self, data: MultilevelData) -> Problem:
-        return posterior_problem(data, self.prior, x_transform=self.x_transform, embedding=self.embedding)
+        return posterior_problem(data, self.prior, x_transform=self.x_transform, embedding=self.embedding,
+                                 dtype=self.training.dtype)
 
     def _transformed(self) -> str:
         return "condition"

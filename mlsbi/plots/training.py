@@ -26,7 +26,7 @@ from mlsbi.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from mlsbi.training.loop import History
+    from mlsbi.training.history import History
 
 __all__ = ["losses"]
 

@@ -18,7 +18,7 @@ from mlsbi.report.checking import worst_level
 from mlsbi.report.html import read_results
 from mlsbi.report.wording import Record, part, unit_of
 from mlsbi.store.store import StoreError, open_store
-from mlsbi.training.loop import History
+from mlsbi.training.history import History
 
 __all__ = ["draw_figures"]
 

@@ -86,12 +86,14 @@ def _training(record: Record) -> list[str]:
         caption += " The cosine is that of the angle between the gradients of the cheapest level and of the " \
                    "correction; below 0 they pull against each other."
     reasons = list(dict.fromkeys(_reason(str(network["stopped"])) for network in networks if network.get("stopped")))
+    notes = list(dict.fromkeys(str(note) for network in networks for note in network.get("notes") or ()))
     return [
         paragraph(f"Training stopped: {'; '.join(reasons)}." if reasons else "",
                   "Epochs are counted through all stages; the best one is of the last." if staged else "",
                   "Some steps were projected because the gradient of the cheapest level and that of the correction "
                   "pulled against each other; such a step is no longer an unbiased estimate of the gradient."
-                  if "projected" in present else ""),
+                  if "projected" in present else "",
+                  *(f"{note[:1].upper()}{note[1:]}." for note in notes)),
         table([*header, *(optional[key] for key in present)], rows, caption.strip()),
     ]  # fmt: skip
 

@@ -3,8 +3,10 @@ r"""From coupled simulations to trained networks."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributions import Distribution
@@ -17,10 +19,17 @@ from mlsbi.density.standardise import Standardiser, Transform
 from mlsbi.priors import Unbounded, check_theta
 from mlsbi.randomness import child_seed, seeded
 from mlsbi.strategies.registry import Strategy
-from mlsbi.training.loop import History, TrainingOptions
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.history import History
+from mlsbi.training.loop import Member, Schedule, at_once
 from mlsbi.training.objective import Term, split_terms
+from mlsbi.training.options import TrainingOptions
 
-__all__ = ["Problem", "fit_ensemble", "likelihood_problem", "posterior_problem"]
+__all__ = ["Problem", "fit_ensemble", "fit_replicates", "likelihood_problem", "posterior_problem"]
+
+_FEW_HELD_OUT = 10  # rows: with fewer, the best epoch of one split is mostly chance
+_MOST_FOLDS = 10
+_FOLD_KEY = 10  # seeds of networks that only choose the epoch
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,22 @@ class Problem:
                        coarse_input=coarse_input)
 
     def network(
-        self, builder: DensityBuilder, embedding: EmbeddingBuilder | None, *, seed: int
+        self,
+        builder: DensityBuilder,
+        embedding: EmbeddingBuilder | None,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
     ) -> ConditionalDensity:
         """A fresh network with these scalers, initialised from a seed."""
         with seeded(seed):
             # Every network owns its scalers: it may move to a device, and is saved by itself.
             scalers = copy.deepcopy(self.input_scaler), copy.deepcopy(self.condition_scaler)
             built = None if embedding is None else embedding(tuple(self.condition_scaler.mean.shape))
-            return ConditionalDensity(builder, *scalers, built)
+            network = ConditionalDensity(builder, *scalers, built)
+        network.embedding.to(dtype)
+        network.density.to(dtype)
+        return network
 
 
 def posterior_problem(
@@ -61,6 +78,7 @@ def posterior_problem(
     *,
     x_transform: Transform = "none",
     embedding: EmbeddingBuilder | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Problem:
     r"""Rows for a density of unbounded theta given x.
 
@@ -69,6 +87,7 @@ def posterior_problem(
         prior: The prior, whose support is mapped to unbounded space.
         x_transform: What outputs go through before they are standardised.
         embedding: What reads x; it may name axes to standardise alike.
+        dtype: Of standardised rows.
 
     Raises:
         ValueError: If theta does not fit the prior.
@@ -77,18 +96,26 @@ def posterior_problem(
     unbounded = Unbounded(prior)
     inputs = [unbounded.to(level.theta) for level in data.levels]
     shared = shared_axes(embedding, tuple(data.levels[0].fine.shape[1:]))
-    scaler = Standardiser.fit([level.fine for level in data.levels], transform=x_transform, shared=shared)
+    scaler = Standardiser.fit([level.fine for level in data.levels], transform=x_transform, shared=shared,
+                              dtype=dtype)
     terms = tuple(Term(z, level.fine, level.coarse) for z, level in zip(inputs, data.levels, strict=True))
-    return Problem(terms, Standardiser.fit(inputs), scaler)
+    return Problem(terms, Standardiser.fit(inputs, dtype=dtype), scaler)
 
 
-def likelihood_problem(data: MultilevelData, prior: Distribution, *, x_transform: Transform = "none") -> Problem:
+def likelihood_problem(
+    data: MultilevelData,
+    prior: Distribution,
+    *,
+    x_transform: Transform = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
     r"""Rows for a density of x, flattened, given theta in the coordinates of `Unbounded.features`.
 
     Args:
         data: Coupled simulations.
         prior: The prior.
         x_transform: What outputs go through before they are standardised.
+        dtype: Of standardised rows.
 
     Raises:
         ValueError: If theta does not fit the prior.
@@ -102,7 +129,8 @@ def likelihood_problem(data: MultilevelData, prior: Distribution, *, x_transform
         else Term(x, theta, theta, level.coarse.flatten(1), of_outputs=True)
         for x, theta, level in zip(outputs, conditions, data.levels, strict=True)
     )
-    return Problem(terms, Standardiser.fit(outputs, transform=x_transform), Standardiser.fit(conditions))
+    return Problem(terms, Standardiser.fit(outputs, transform=x_transform, dtype=dtype),
+                   Standardiser.fit(conditions, dtype=dtype))
 
 
 def _check_levels(data: MultilevelData, prior: Distribution) -> None:
@@ -121,6 +149,7 @@ def fit_ensemble(
     options: TrainingOptions,
     device: str | torch.device = "cpu",
     seed: int,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> tuple[list[ConditionalDensity], list[History]]:
     r"""Trains networks that differ in initialisation and in the rows held out.
@@ -135,29 +164,173 @@ def fit_ensemble(
         options: How each is trained.
         device: Where.
         seed: Seed of initialisation, splits, batches and dropout.
+        checkpoint: Where to keep the state of the training, and to go on from.
         progress: Whether to show a progress bar.
     """
-    rows = strategy.terms(problem.terms)
+    fitting = _Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options,
+                       torch.device(device), seed)
+    pooled = _cross_fits(fitting.rows, options)
+    if pooled and members == 1:
+        return _cross_fit(fitting, checkpoint, progress=progress)
+    most = members if pooled else at_once(fitting.rows, members, options, fitting.device)
     networks, histories = [], []
-    for member in range(members):
-        network = problem.network(builder, embedding, seed=child_seed(seed, 0, member))
-        if member and embedding is not None:
-            _reset(network.embedding, seed=child_seed(seed, 3, member))
-        network.to(device)
-        if options.validation_fraction:
-            generator = torch.Generator().manual_seed(child_seed(seed, 1))  # one permutation for all members
-            kept, held_out = split_terms(rows, options.validation_fraction, generator, member=member, members=members)
-        else:
-            kept, held_out = list(rows), []
-        # Standardised one by one, so that large data is not there twice over.
-        train = [problem.standardise(kept.pop(0)) for _ in range(len(kept))]
-        held = [problem.standardise(held_out.pop(0)) for _ in range(len(held_out))]
-        label = "training" if members == 1 else f"training {member + 1}/{members}"
-        histories.append(strategy.fit(network, train, held, options=options, seed=child_seed(seed, 2, member),
-                                      progress=progress, label=label))
-        del train, held  # copies of the rows; the next member makes its own
-        networks.append(network)
+    for group in _groups(range(members), most):
+        part = None if checkpoint is None else checkpoint.part("-".join(map(str, (group[0], group[-1]))))
+        trained = [fitting.member(member, members) for member in group]
+        histories += strategy.fit(trained, options=options, pooled=pooled, checkpoint=part, progress=progress,
+                                  label=_label(group, members))
+        networks += [member.network for member in trained]
+        del trained  # copies of the rows; the next ones make their own
     return networks, histories
+
+
+def _groups(members: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Members in groups of about equal size, of so many at most."""
+    count = -(-len(members) // most)
+    edges = [index * len(members) // count for index in range(count + 1)]
+    return [members[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _label(group: Sequence[int], members: int) -> str:
+    if members == 1:
+        return "training"
+    first, last = group[0] + 1, group[-1] + 1
+    return f"training {first if first == last else f'{first} to {last}'} of {members}"
+
+
+def fit_replicates(
+    problems: Sequence[Problem],
+    builder: DensityBuilder,
+    strategy: Strategy,
+    *,
+    seeds: Sequence[int],
+    members: int = 1,
+    embedding: EmbeddingBuilder | None = None,
+    options: TrainingOptions,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> list[tuple[list[ConditionalDensity], list[History]]]:
+    r"""Trains one ensemble per problem, all of them in one go where that is faster and they have equally many rows.
+
+    Each is what `fit_ensemble` gives with its problem and seed, up to rounding.
+
+    Args:
+        problems: Rows and scalers of each replicate, of one shape.
+        builder: Builds the density.
+        strategy: Which rows and which objective.
+        seeds: One per replicate.
+        members: Networks per replicate.
+        embedding: As in `fit_ensemble`.
+        options: How each is trained.
+        device: Where.
+        progress: Whether to show a progress bar.
+    """
+    place = torch.device(device)
+    fittings = [_Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options, place, seed)
+                for problem, seed in zip(problems, seeds, strict=True)]
+    rows = fittings[0].rows
+    alike = all([len(term) for term in fitting.rows] == [len(term) for term in rows] for fitting in fittings)
+    total = members * len(problems)
+    most = at_once(rows, total, options, place)
+    if not alike or most == 1 or _cross_fits(rows, options):
+        return [fit_ensemble(problem, builder, strategy, members=members, embedding=embedding, options=options,
+                             device=device, seed=seed, progress=progress)
+                for problem, seed in zip(problems, seeds, strict=True)]
+    networks, histories = [], []
+    for group in _groups(range(total), most):
+        trained = [fittings[index // members].member(index % members, members) for index in group]
+        histories += strategy.fit(trained, options=options, progress=progress, label=_label(group, total))
+        networks += [member.network for member in trained]
+    return [(networks[at: at + members], histories[at: at + members]) for at in range(0, total, members)]
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What all members of an ensemble have in common."""
+
+    problem: Problem
+    builder: DensityBuilder
+    strategy: Strategy
+    rows: list[Term]
+    embedding: EmbeddingBuilder | None
+    options: TrainingOptions
+    device: torch.device
+    seed: int
+
+    def network(self, member: int, key: int = 0) -> ConditionalDensity:
+        """A fresh network, initialised for one member."""
+        network = self.problem.network(self.builder, self.embedding, seed=child_seed(self.seed, key, member),
+                                       dtype=self.options.dtype)
+        if (member or key) and self.embedding is not None:
+            _reset(network.embedding, seed=child_seed(self.seed, key + 3, member))
+        return network.to(self.device)
+
+    def member(self, member: int, members: int, *, key: int = 0) -> Member:
+        """One member with its split; `key` tells ensembles of different purpose apart."""
+        kept: list[Term] = list(self.rows)
+        held: list[Term] = []
+        if self.options.validation_fraction:
+            generator = torch.Generator().manual_seed(child_seed(self.seed, 1))  # one permutation for all members
+            kept, held = split_terms(self.rows, self.options.validation_fraction, generator, member=member,
+                                     members=members)
+        # Standardised one by one, so that large data is not there twice over.
+        train = [self.problem.standardise(kept.pop(0)) for _ in range(len(kept))]
+        validation = [self.problem.standardise(held.pop(0)) for _ in range(len(held))]
+        return Member(self.network(member, key), train, validation, child_seed(self.seed, key + 2, member))
+
+
+def _cross_fits(rows: Sequence[Term], options: TrainingOptions) -> bool:
+    if options.cross_fit != "auto":
+        return bool(options.cross_fit)
+    held = min(round(options.validation_fraction * len(term)) for term in rows)
+    return options.validation_fraction > 0 and held < _FEW_HELD_OUT
+
+
+def _cross_fit(
+    fitting: _Fitting, checkpoint: Checkpoint | None, *, progress: bool
+) -> tuple[list[ConditionalDensity], list[History]]:
+    """One network trained on all rows, for as long as was best for several that held out different parts of them."""
+    options, strategy = fitting.options, fitting.strategy
+    folds = min(max(round(1 / options.validation_fraction), 2), min(len(term) for term in fitting.rows), _MOST_FOLDS)
+    parts = [None if checkpoint is None else checkpoint.part(name) for name in ("folds", "final")]
+    choosing = [fitting.member(fold, folds, key=_FOLD_KEY) for fold in range(folds)]
+    found = strategy.fit(choosing, options=options, pooled=True, checkpoint=parts[0], progress=progress,
+                         label=f"choosing the epoch, {folds} folds")
+    whole = Member(fitting.network(0), [fitting.problem.standardise(term) for term in fitting.rows], [],
+                   child_seed(fitting.seed, 2, 0))
+    history, = strategy.fit([whole], options=options, schedules=_schedules(found), checkpoint=parts[1],
+                            progress=progress)
+    scores = [np.mean([record["validation_loss"] for record in records])
+              for records in zip(*(_trained(own) for own in found), strict=True)]
+    for record, score in zip(history.epochs, scores, strict=True):
+        record["validation_loss"] = float(score)
+    history.best_loss = found[0].best_loss
+    history.seconds += sum(own.seconds for own in found)
+    history.notes = (*history.notes, f"trained on all rows up to the epoch that was best on average for {folds} "
+                                     "networks which held out different rows; the held-out loss is theirs")
+    return [whole.network], [history]
+
+
+def _trained(history: History) -> list[dict[str, float]]:
+    """Records up to the best epoch of each stage."""
+    records = []
+    for stage, best in enumerate(history.stages):
+        own = [record for record in history.epochs if record.get("stage", 0.0) == stage]
+        records += own[:best + 1]
+    return records
+
+
+def _schedules(histories: Sequence[History]) -> list[Schedule]:
+    """Epochs and mean weights of each stage of networks that were stopped together."""
+    schedules = []
+    for stage, best in enumerate(histories[0].stages):
+        epochs = [[record for record in history.epochs if record.get("stage", 0.0) == stage][:best + 1]
+                  for history in histories]
+        names = sorted((name for name in epochs[0][0] if name.startswith("weight_")), key=lambda name: int(name[7:]))
+        weights = tuple(tuple(float(np.mean([record[name] for record in records])) for name in names)
+                        for records in zip(*epochs, strict=True))
+        schedules.append(Schedule(best + 1, weights))
+    return schedules
 
 
 def _reset(module: nn.Module, *, seed: int) -> None:

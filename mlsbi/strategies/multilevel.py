@@ -3,14 +3,17 @@ r"""Training on the telescoping sum of all levels."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlsbi.data import count_runs
-from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.training.alignment import align_terms
-from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.descent import Objective
+from mlsbi.training.history import History
+from mlsbi.training.loop import Member, Schedule, minimise
 from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["Multilevel"]
 
@@ -24,12 +27,15 @@ class Multilevel:
             the next level's, on rows held out, from earlier epochs; or fixed numbers a_0 .. a_{L-1}.
         rescale: Whether the coarse gradient of each pair gets the length of the fine one.
         project: Whether the gradients of level 0 and of the correction are projected when they conflict.
+        correction_limit: Longest correction of the gradient, in lengths of level 0's gradient; any when left out.
+        difference_penalty: How many standard errors of the correction terms are added to the loss, which keeps the
+            differences of few pairs small.
         align: Whether outputs of cheap levels are mapped towards the finest by an affine map per output, fitted on
             the pairs trained on, where that brings them closer. The sum still telescopes: both halves that contain a
             level are mapped alike.
 
     Raises:
-        ValueError: If `weights` is another word.
+        ValueError: If `weights` is another word, or a number is out of range.
 
     References:
         | Multilevel neural simulation-based inference (Hikida et al., 2025)
@@ -39,13 +45,12 @@ class Multilevel:
     weights: Literal["unit", "estimated"] | tuple[float, ...] = "unit"
     rescale: bool = False
     project: bool = False
+    correction_limit: float | None = None
+    difference_penalty: float = 0.0
     align: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, str):
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-        elif self.weights not in ("unit", "estimated"):
-            raise ValueError(f'Expected weights "unit", "estimated" or numbers a_0 .. a_(L-1); got "{self.weights}".')
+        object.__setattr__(self, "weights", self._objective().weights)
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on."""
@@ -57,19 +62,25 @@ class Multilevel:
 
     def fit(
         self,
-        network: ConditionalDensity,
-        train: Sequence[Term],
-        validation: Sequence[Term],
+        members: Sequence[Member],
         *,
         options: TrainingOptions,
-        seed: int,
+        pooled: bool = False,
+        schedules: Sequence[Schedule] = (),
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
         label: str = "training",
-    ) -> History:
-        """Trains the network in place; see `minimise`."""
+    ) -> list[History]:
+        """Trains the networks in place; see `minimise`."""
         if self.align:
-            shared = network.shared_axes(of_outputs=train[0].of_outputs)
-            train, validation = align_terms(train, validation, shared=shared)
-        objective = Objective(weights=self.weights, rescale=self.rescale, project=self.project)
-        return minimise(network, train, validation, objective=objective, options=options, seed=seed,
-                        progress=progress, label=label)
+            shared = members[0].network.shared_axes(of_outputs=members[0].train[0].of_outputs)
+            aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
+            members = [replace(member, train=train, validation=validation)
+                       for member, (train, validation) in zip(members, aligned, strict=True)]
+        return minimise(members, objective=self._objective(), options=options, pooled=pooled,
+                        schedule=schedules[0] if schedules else None, checkpoint=checkpoint, progress=progress,
+                        label=label)
+
+    def _objective(self) -> Objective:
+        return Objective(weights=self.weights, rescale=self.rescale, project=self.project,
+                         correction_limit=self.correction_limit, difference_penalty=self.difference_penalty)

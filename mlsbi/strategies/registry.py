@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
 
-from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
-from mlsbi.training.loop import History, TrainingOptions
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.history import History
+from mlsbi.training.loop import Member, Schedule
 from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["Strategy", "resolve_strategy", "strategy_names", "strategy_from_config", "strategy_to_config"]
 
 
 class Strategy(Protocol):
-    """A way to train one network on coupled rows: a frozen dataclass with three methods."""
+    """A way to train networks on coupled rows: a frozen dataclass with three methods."""
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows to train on, out of those of all levels; they are split before `fit`."""
@@ -29,16 +31,19 @@ class Strategy(Protocol):
 
     def fit(
         self,
-        network: ConditionalDensity,
-        train: Sequence[Term],
-        validation: Sequence[Term],
+        members: Sequence[Member],
         *,
         options: TrainingOptions,
-        seed: int,
+        pooled: bool = False,
+        schedules: Sequence[Schedule] = (),
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
         label: str = "training",
-    ) -> History:
-        """Trains the network in place and leaves it with its best weights, in eval mode."""
+    ) -> list[History]:
+        """Trains the networks in place and leaves them with their best weights, in eval mode.
+
+        `schedules` has one per stage, for training without held-out rows; the rest is as in `minimise`.
+        """
         ...
 
 

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlsbi.data import count_runs
-from mlsbi.density.conditional import ConditionalDensity
-from mlsbi.training.loop import History, Objective, TrainingOptions, minimise
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.descent import Objective
+from mlsbi.training.history import History
+from mlsbi.training.loop import Member, Schedule, minimise
 from mlsbi.training.objective import Term, pool_level
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["SingleLevel"]
 
@@ -40,15 +43,16 @@ class SingleLevel:
 
     def fit(
         self,
-        network: ConditionalDensity,
-        train: Sequence[Term],
-        validation: Sequence[Term],
+        members: Sequence[Member],
         *,
         options: TrainingOptions,
-        seed: int,
+        pooled: bool = False,
+        schedules: Sequence[Schedule] = (),
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
         label: str = "training",
-    ) -> History:
-        """Trains the network in place; see `minimise`."""
-        return minimise(network, train, validation, objective=Objective(), options=options, seed=seed,
-                        progress=progress, label=label)
+    ) -> list[History]:
+        """Trains the networks in place; see `minimise`."""
+        return minimise(members, objective=Objective(), options=options, pooled=pooled,
+                        schedule=schedules[0] if schedules else None, checkpoint=checkpoint, progress=progress,
+                        label=label)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mlsbi.data import count_runs
-from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.randomness import child_seed
 from mlsbi.training.alignment import align_terms
-from mlsbi.training.loop import History, Objective, TrainingOptions, join_histories, minimise
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.descent import Objective
+from mlsbi.training.history import History, join_histories
+from mlsbi.training.loop import Member, Schedule, minimise
 from mlsbi.training.objective import Term, pool_level
+from mlsbi.training.options import TrainingOptions
 
 __all__ = ["TransferLearning"]
 
@@ -83,36 +86,46 @@ class TransferLearning:
 
     def fit(
         self,
-        network: ConditionalDensity,
-        train: Sequence[Term],
-        validation: Sequence[Term],
+        members: Sequence[Member],
         *,
         options: TrainingOptions,
-        seed: int,
+        pooled: bool = False,
+        schedules: Sequence[Schedule] = (),
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
         label: str = "training",
-    ) -> History:
-        """Trains the network in place, stage by stage; see `minimise`.
+    ) -> list[History]:
+        """Trains the networks in place, stage by stage; see `minimise`.
 
         Raises:
             ValueError: If the embedding is to be frozen and has nothing to freeze.
         """
-        frozen = list(network.embedding.parameters()) if self.freeze_embedding else []
+        frozen = [parameter for member in members for parameter in member.network.embedding.parameters()
+                  if self.freeze_embedding]
         if self.freeze_embedding and not frozen:
             raise ValueError("freeze_embedding=True needs an embedding with parameters; there is none. Pass "
                              "embedding=, or leave freeze_embedding out.")
         if self.align:
-            shared = network.shared_axes(of_outputs=train[0].of_outputs)
-            train, validation = align_terms(train, validation, shared=shared)
-        histories = []
-        for stage in range(len(train) if self.fine_tune else len(train) - 1):
+            shared = members[0].network.shared_axes(of_outputs=members[0].train[0].of_outputs)
+            aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
+            members = [replace(member, train=train, validation=validation)
+                       for member, (train, validation) in zip(members, aligned, strict=True)]
+        levels = len(members[0].train)
+        stages = []
+        for stage in range(levels if self.fine_tune else levels - 1):
+            rows = [
+                replace(member, train=[pool_level(member.train, stage)], seed=child_seed(member.seed, stage),
+                        validation=[pool_level(member.validation, stage)] if member.validation else [])
+                for member in members
+            ]
             with _kept(frozen if stage else []):
-                histories.append(minimise(
-                    network, [pool_level(train, stage)], [pool_level(validation, stage)] if validation else [],
-                    objective=Objective(), options=self._options(options, stage), seed=child_seed(seed, stage),
+                stages.append(minimise(
+                    rows, objective=Objective(), options=self._options(options, stage), pooled=pooled,
+                    schedule=schedules[stage] if schedules else None,
+                    checkpoint=None if checkpoint is None else checkpoint.part(str(stage)),
                     progress=progress, label=f"{label}, level {stage}",
                 ))
-        return join_histories(histories)
+        return [join_histories(own) for own in zip(*stages, strict=True)]
 
     def _options(self, options: TrainingOptions, stage: int) -> TrainingOptions:
         rate = self.learning_rate[stage] if isinstance(self.learning_rate, tuple) else self.learning_rate

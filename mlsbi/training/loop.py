@@ -1,393 +1,495 @@
-r"""Minimising the telescoping loss, with early stopping on held-out pairs."""
+r"""Minimising the telescoping loss of one network or of several side by side, with early stopping on held-out pairs."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from mlsbi.density.columns import dropouts
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.randomness import seeded
-from mlsbi.training.gradients import Combined, combine_gradients
-from mlsbi.training.objective import Batch, Term, batch_terms, telescope
+from mlsbi.training.checkpoints import Checkpoint, fingerprint
+from mlsbi.training.compiling import Compiling
+from mlsbi.training.descent import RECORDED, Descent, Objective, Step, telescope_means
+from mlsbi.training.graphs import CapturedStep
+from mlsbi.training.history import History, TrainingError
+from mlsbi.training.kept import NONFINITE, PATIENCE, RUNNING, Kept
+from mlsbi.training.memory import kept_memory
+from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
+from mlsbi.training.plan import Plan, Rows, batch_rows, stack_rows
+from mlsbi.training.stack import Stack, refusal
+from mlsbi.training.statistics import Statistics, is_normed
 from mlsbi.training.weights import LaggedWeights
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["Member", "Schedule", "at_once", "minimise"]
 
-__all__ = ["History", "Objective", "TrainingError", "TrainingOptions", "join_histories", "minimise"]
-
-_SMALLEST_BATCH = 64  # rows of a term in a step, where it has them: fewer make the correction's gradient noise
 _FIRST_ROWS = 1024  # rows of a term scored before training, to see whether x can be used at all
-_GRADIENT_EVERY = 20  # epochs between records of the terms' gradients, where the step does not need them
-
-
-class TrainingError(RuntimeError):
-    """Training gave no network that could be used."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    r"""How a network is trained.
-
-    Args:
-        learning_rate: Adam's step size.
-        batch_size: Rows of all terms in a step, about: a term gives its share, at least 64 rows where it has them.
-            Every row in every step when `None`. `"auto"` is a quarter of the rows, at least 256 and at most 2048:
-            where cheap rows are many, small batches would show the few pairs far more often than them.
-        epochs: Most passes over the rows.
-        patience: Epochs without a better held-out loss before training stops.
-        validation_fraction: Share of each term's rows held out, pairs kept together; 0 trains all epochs on all rows
-            and keeps the last weights.
-        clip: Largest gradient norm.
-        weight_decay: Decoupled weight decay.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    learning_rate: float = 5e-4
-    batch_size: int | Literal["auto"] | None = "auto"
-    epochs: int = 1000
-    patience: int = 30
-    validation_fraction: float = 0.2
-    clip: float = 5.0
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and self.clip > 0 and self.weight_decay >= 0):
-            raise ValueError(f"Expected learning_rate > 0, clip > 0 and weight_decay >= 0; got {self}.")
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ValueError(f'Expected a number, "auto" or None as batch_size; got {self.batch_size!r}.')
-        rows = self.batch_size if isinstance(self.batch_size, (int, float)) else 1
-        if self.epochs < 1 or self.patience < 1 or rows < 1:
-            raise ValueError(f"Expected epochs, patience and batch_size of at least 1; got {self}.")
-        counts = (self.epochs, self.patience, rows)
-        if any(int(number) != number for number in counts):
-            raise ValueError(f"Expected whole numbers of epochs, patience and batch_size; got {self}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"Expected 0 <= validation_fraction < 1; got {self.validation_fraction}.")
+# Rows in a step up to which a CPU evaluates several networks faster in one go, of each and of all (it gains 2 to 4
+# times with a few hundred rows, and loses beyond its cache).
+_ROWS_EACH, _TOGETHER_ROWS = 4096, 32_768
+_TOGETHER_VALUES = 1 << 28  # numbers in the rows of all members, which are copies: 1 GiB
+_UNREAD = 20  # epochs on a GPU between two looks at what happened there
 
 
 @dataclass(frozen=True)
-class Objective:
-    r"""Which weighted telescoping sum is descended, and how its gradient is adjusted.
+class Member:
+    r"""A network to train and its own rows.
 
     Args:
-        weights: `"unit"` (the published objective), `"estimated"` (variance-minimising, from losses of held-out rows in
-            earlier epochs; each epoch is then scored under weights of its own), or fixed a_0 .. a_{L-1}.
-        rescale: Whether each coarse gradient gets the length of its fine twin.
-        project: Whether conflicting gradients of level 0 and of the correction are projected.
+        network: On the device to train on; left in eval mode with the best weights found.
+        train: Standardised rows of each term.
+        validation: Held-out rows of each term; empty to train for all epochs and keep the last weights.
+        seed: Seed of batches and dropout.
     """
 
-    weights: Literal["unit", "estimated"] | tuple[float, ...] = "unit"
-    rescale: bool = False
-    project: bool = False
+    network: ConditionalDensity
+    train: Sequence[Term]
+    validation: Sequence[Term]
+    seed: int
 
 
-@dataclass
-class History:
-    r"""What happened in one training.
+@dataclass(frozen=True)
+class Schedule:
+    r"""How long to train and under which weights, as found out before on other splits.
 
     Args:
-        epochs: One record per epoch: losses, loss of each half, weights, gradient norms, cosine, projected share; in
-            transfer learning its stage.
-        best_epoch: Epoch whose weights were kept.
-        best_loss: Held-out loss of that epoch; the training loss without held-out rows.
-        stopped: Why training ended.
-        seconds: Time it took.
-        n_train: Rows trained on, per term.
-        n_validation: Rows held out, per term.
+        epochs: Epochs to train.
+        weights: a_0 .. a_{L-1} in every epoch, instead of estimated ones.
     """
 
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = -1
-    best_loss: float = math.inf
-    stopped: str = ""
-    seconds: float = 0.0
-    n_train: tuple[int, ...] = ()
-    n_validation: tuple[int, ...] = ()
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per epoch."""
-        import pandas as pd  # takes a quarter as long to import as torch, and training does not need it
-
-        return pd.DataFrame(self.epochs)
-
-
-def join_histories(stages: Sequence[History]) -> History:
-    """The history of trainings in a row, each of one term, with the number of its stage in every record.
-
-    The kept epoch and its loss are the last stage's.
-    """
-    before = sum(len(stage.epochs) for stage in stages[:-1])
-    return History(
-        epochs=[{**record, "stage": float(index)} for index, stage in enumerate(stages) for record in stage.epochs],
-        best_epoch=before + stages[-1].best_epoch,
-        best_loss=stages[-1].best_loss,
-        stopped="; then ".join(stage.stopped for stage in stages),
-        seconds=sum(stage.seconds for stage in stages),
-        n_train=tuple(n for stage in stages for n in stage.n_train),
-        n_validation=tuple(n for stage in stages for n in stage.n_validation),
-    )
+    epochs: int
+    weights: tuple[tuple[float, ...], ...] | None = None
 
 
 def minimise(
-    network: ConditionalDensity,
-    train: Sequence[Term],
-    validation: Sequence[Term],
+    members: Sequence[Member],
     *,
     objective: Objective,
     options: TrainingOptions,
-    seed: int,
+    pooled: bool = False,
+    schedule: Schedule | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
     label: str = "training",
-) -> History:
-    r"""Trains a network in place and leaves it in eval mode with the best weights found.
+) -> list[History]:
+    r"""Trains networks of one architecture in place, on equally many rows each; torch's random state is left as found.
 
     Args:
-        network: On the device to train on.
-        train: Standardised rows of each term.
-        validation: Held-out rows of each term; empty to train for all epochs and keep the last weights.
-        objective: Weights and gradient adjustments.
+        members: Networks, rows and seeds. A member's result does not depend on the others, up to rounding.
+        objective: Weights and stabilisers.
         options: Step size, batches, stopping.
-        seed: Seed of batches and dropout; torch's global random state is left as found.
+        pooled: Whether all members stop at the epoch that is best on average.
+        schedule: Trains for so many epochs, under these weights; without held-out rows only.
+        checkpoint: Where to keep the state of the training, and to go on from.
         progress: Whether to show a progress bar.
         label: What the bar is called.
 
+    Returns:
+        What happened to each member.
+
     Raises:
         ValueError: If the weights do not fit the terms, or cannot be estimated because a term has one row.
-        TrainingError: If the loss is not finite before training, or training diverges at once.
+        CheckpointError: If the checkpoint is of another training.
+        TrainingError: If the loss is not finite before training, training diverges at once, or a step does not fit
+            into the device's memory.
     """
-    device = next(network.parameters()).device
-    with seeded(seed, device):
-        trainer = _Trainer(network, train, validation, objective, options, device)
-        return trainer.run(tqdm(range(options.epochs), desc=label, unit="epoch", disable=not progress, leave=False))
+    device = next(members[0].network.parameters()).device
+    with seeded(members[0].seed, device), kept_memory():
+        run = _Run(members, objective, options, pooled=pooled, schedule=schedule, checkpoint=checkpoint, device=device)
+        try:
+            return run.train(tqdm(total=run.epochs, desc=label, unit="epoch", disable=not progress, leave=False))
+        except torch.OutOfMemoryError as error:
+            raise run.out_of_memory() from error
+        finally:
+            run.stack.release()
 
 
-class _Trainer:
-    """State of one training run."""
+def at_once(terms: Sequence[Term], members: int, options: TrainingOptions, device: torch.device) -> int:
+    """How many of several networks with such rows each to train in one go; 1 is one after the other.
+
+    The answer follows from sizes alone, not from a clock, so that a seed gives the same on machines of one kind.
+    """
+    if members == 1 or options.together != "auto":
+        return members if options.together else 1
+    halves = [(len(term), 1 if term.coarse is None else 2) for term in terms]
+    total = sum(rows for rows, _ in halves)
+    share = min(batch_rows(options.batch_size, total) / total, 1.0)
+    values = sum(rows * count * (term.input[0].numel() + term.fine[0].numel())
+                 for (rows, count), term in zip(halves, terms, strict=True))
+    most = max(_TOGETHER_VALUES // values, 1)
+    if device.type == "cpu":
+        rows = math.ceil(share * sum(rows * count for rows, count in halves))
+        most = min(most, _TOGETHER_ROWS // rows) if rows <= _ROWS_EACH else 1
+    return min(members, most)
+
+
+class _Run:
+    """State of one training."""
 
     def __init__(
         self,
-        network: ConditionalDensity,
-        train: Sequence[Term],
-        validation: Sequence[Term],
+        members: Sequence[Member],
         objective: Objective,
         options: TrainingOptions,
+        *,
+        pooled: bool,
+        schedule: Schedule | None,
+        checkpoint: Checkpoint | None,
         device: torch.device,
     ) -> None:
-        _check(network, train, objective)
-        self.network, self.objective, self.options = network, objective, options
-        self.terms = [term.to(device) for term in train]
-        self.validation = batch_terms([term.to(device) for term in validation]) if validation else None
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay,
-            fused=device.type in ("cpu", "cuda"),  # one call instead of ten a parameter
-        )
-        self.lagged = LaggedWeights([len(term) for term in train]) if objective.weights == "estimated" else None
-        self.by_halves = objective.rescale or objective.project
-        # One pass over all halves would give the halves of a pair different masks.
-        self.paired = self._draws_masks()
-        total = sum(len(term) for term in train)
-        self.batch_size = _batch_size(options.batch_size, total)
-        self.full = batch_terms(self.terms) if self.batch_size >= total else None
-        self.history = History(
-            n_train=tuple(len(term) for term in train), n_validation=tuple(len(term) for term in validation)
-        )
+        _check(members, objective)
+        self.members, self.objective, self.options, self.pooled = members, objective, options, pooled
+        self.schedule, self.checkpoint, self.device = schedule, checkpoint, device
+        self.epochs = options.epochs if schedule is None else schedule.epochs
+        first = members[0]
+        masks = {name: (layer.features, layer.p) for name, layer in dropouts(first.network).items()}
+        self.plan = Plan([[term.to(device) for term in member.train] for member in members],
+                         batch_size=options.batch_size, dropouts=masks, seeds=[member.seed for member in members])
+        self.held_out = self._held_out()
+        self.stack = Stack([member.network for member in members])
+        self.notes: list[str] = []
+        draws = self._draws()
+        together = self._goes_together(draws=draws)
+        self.descent = Descent(self.stack, objective, options, n=self.plan.n, together=together, draws=draws)
+        self.statistics = Statistics([member.network for member in members])
+        self.kept = Kept(self.descent.flat.detach(), patience=options.patience, scored=self.held_out is not None,
+                         pooled=pooled)
+        estimated = objective.weights == "estimated" and (schedule is None or schedule.weights is None)
+        self.lagged = LaggedWeights(self.plan.n, members=len(members), device=device) if estimated else None
+        self.compiling = Compiling(asked=self._compile(draws=draws, together=together), device=device)
+        self.captures = device.type == "cuda" and not draws and not self.statistics
+        self._captured: CapturedStep | None = None
+        self.running = list(range(len(members)))  # which members the tensors hold, in this order
+        self.histories = [
+            History(n_train=self.plan.n, n_validation=tuple(len(term) for term in member.validation))
+            for member in members
+        ]
+        self.finished: dict[int, Tensor] = {}
+        self._unread: list[Tensor] = []
+        self._constants: dict[Any, Tensor] = {}
+        self.epoch = 0
+
+    # What is decided before the loop
+
+    def _held_out(self) -> Rows | None:
+        if not self.members[0].validation:
+            return None
+        blocks = stack_rows([[term.to(self.device) for term in member.validation] for member in self.members])
+        return Rows(torch.cat([input for input, _ in blocks], 1), torch.cat([condition for _, condition in blocks], 1),
+                    tuple(input.shape[1] for input, _ in blocks), {})
 
     @torch.no_grad()
-    def _draws_masks(self) -> bool:
-        """Whether two passes over the same rows in train mode differ."""
-        _train_mode(self.network)
-        few = self.terms[-1].rows(torch.arange(min(len(self.terms[-1]), 16), device=self.terms[-1].input.device))
-        first, again = (self.network.standard_log_prob(few.input, few.fine) for _ in range(2))
+    def _draws(self) -> bool:
+        """Whether two passes over the same rows with the same masks differ."""
+        copied = Stack([copy.deepcopy(self.members[0].network)])  # batch statistics would be changed
+        copied.train()
+        rows = self._probe()
+        keep = {name: bits[0] for name, bits in rows.keep.items()}
+        first, again = (copied.one(0, copied.read()[0], rows.input[0], rows.condition[0], keep) for _ in range(2))
         return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(again))
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        if self.lagged is not None:
-            return self.lagged.current
-        fixed = self.objective.weights
-        return (1.0,) * len(self.terms) if isinstance(fixed, str) else (*fixed, 1.0)
+    def _probe(self) -> Rows:
+        """A few rows of the last half, with masks that drop nothing."""
+        return self.plan.few(16).halves()[-1]
 
-    def run(self, epochs: Any) -> History:
+    def _goes_together(self, *, draws: bool) -> bool:
+        if at_once(self.members[0].train, len(self.members), self.options, self.device) == 1:
+            return False
+        rows = self._probe()
+        reason = "the network draws random numbers of its own" if draws else refusal(
+            self.members[0].network, rows.input[0], rows.condition[0],
+            {name: mask[0] for name, mask in rows.keep.items()},
+        )
+        if reason is not None:
+            self.notes.append(f"members were evaluated one after the other: {reason}")
+        return reason is None
+
+    def _compile(self, *, draws: bool, together: bool) -> Any:
+        asked = self.options.compile
+        if asked is False:
+            return False
+        if draws:
+            self.notes.append("not compiled: the network draws random numbers of its own")
+            return False
+        if len(self.members) > 1 and not together:
+            self.notes.append("not compiled: members were evaluated one after the other")
+            return False
+        return asked
+
+    # The loop
+
+    def train(self, bar: Any) -> list[History]:
+        """Trains until every member has stopped, and writes the best parameters into the networks."""
         start = time.perf_counter()
-        best: dict[str, Tensor] | None = None
-        history = self.history
-        few = [term.rows(torch.arange(min(len(term), _FIRST_ROWS), device=term.input.device)) for term in self.terms]
-        if not math.isfinite(self._score(batch_terms(few))):
-            raise TrainingError("The loss is not finite before training has begun. Check x for extreme values.")
-        for epoch in epochs:
-            record = self._train_epoch(epoch)
-            record["validation_loss"] = self._score(self.validation) if self.validation is not None else math.nan
-            history.epochs.append(record)
-            score = record["validation_loss"] if self.validation is not None else record["loss"]
-            if self.validation is None:
-                history.best_epoch, history.best_loss = epoch, score
-            elif score < history.best_loss:
-                history.best_epoch, history.best_loss = epoch, score
-                best = copy.deepcopy(self.network.state_dict())
-            epochs.set_postfix(loss=f"{record['loss']:.3f}", held_out=f"{record['validation_loss']:.3f}", refresh=False)
-            if not math.isfinite(record["loss"]):
-                history.stopped = "the loss stopped being finite; the best weights before that were kept"
-                break
-            if self.validation is not None and epoch - history.best_epoch >= self.options.patience:
-                history.stopped = f"no better held-out loss for {self.options.patience} epochs"
-                break
-        else:
-            history.stopped = f"all {self.options.epochs} epochs done"
-        epochs.close()
-        if not math.isfinite(history.best_loss):
-            raise TrainingError("Training diverged before there were any weights to keep. Lower the learning rate.")
-        if best is not None:
-            self.network.load_state_dict(best)
-        self.network.eval()
-        history.seconds = time.perf_counter() - start
-        return history
+        before = self._resume()
+        if self.epoch == 0:
+            self._check_start()
+        bar.update(self.epoch)
+        with bar:
+            while self.epoch < self.epochs and self.running:
+                self._train_epoch()
+                self.epoch += 1
+                bar.update()
+                if len(self._unread) >= (_UNREAD if self.device.type == "cuda" else 1) or self.epoch == self.epochs:
+                    self._read()
+                    bar.set_postfix(self._told(), refresh=False)
+                    if self.checkpoint is not None and self.checkpoint.due:
+                        self._save(before + time.perf_counter() - start)
+        seconds = before + time.perf_counter() - start
+        self._finish(self.running)
+        self.running = []
+        compiled = self.compiling.report(self.descent.done)
+        notes = (*self.notes, *([] if compiled is None else [compiled]))
+        for history in self.histories:
+            history.seconds, history.notes = seconds / len(self.members), notes
+        if self.checkpoint is not None:
+            self._save(seconds)
+        return self._deliver()
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        _train_mode(self.network)
-        halves_seen: list[Tensor] = []
-        combined_seen: list[Combined] = []
-        weights = self.weights
-        for step, batch in enumerate(self._batches()):
-            weights = self.weights
-            halves, combined = self._step(batch, weights, record=step == 0 and epoch % _GRADIENT_EVERY == 0)
-            halves_seen.append(torch.stack([half.detach().mean() for half in halves]))
-            if combined is not None:
-                combined_seen.append(combined)
-            if self.lagged is not None and self.validation is None:
+    def _train_epoch(self) -> None:
+        self.stack.train()
+        means: list[Tensor] = []
+        recorded: list[Tensor] = []
+        weights = self._weights()
+        for rows in self.plan.epoch():
+            weights = self._weights()
+            step = self._step(rows, weights)
+            halves = step.losses.split(rows.sizes, 1)
+            means.append(torch.stack([half.mean(1) for half in halves], 1))
+            missing = torch.full_like(means[-1][:, 0], torch.nan)
+            recorded.append(torch.stack([step.recorded.get(name, missing).to(missing.dtype) for name in RECORDED], 1))
+            if self.lagged is not None and self.held_out is None:
                 self.lagged.update(halves)
-        means = torch.stack(halves_seen).mean(0)
-        return _record(means, weights, combined_seen)
+        mean = torch.stack(means).mean(0)
+        loss = telescope_means(list(mean.unbind(1)), weights)
+        score = torch.full_like(loss, torch.nan)
+        self.stack.eval()
+        if self.held_out is not None:
+            halves = self.descent.score(self.held_out).split(self.held_out.sizes, 1)
+            score = telescope_means([half.mean(1) for half in halves], weights)
+            if self.lagged is not None:
+                self.lagged.update(halves)
+        was = self.kept.state
+        better = self.kept.update(self.epoch, loss, score, self.descent.current)
+        if self.statistics:
+            self.statistics.keep([member for member, kept in zip(self.running, better.tolist(), strict=True) if kept])
+        columns = [loss, score, was, self.kept.state, self.kept.epoch, self.kept.loss]
+        self._unread.append(torch.cat([torch.stack([column.double() for column in columns], 1), mean.double(),
+                                       weights.double(), torch.stack(recorded).mean(0).double()], 1))
 
-    def _step(self, batch: Batch, weights: Sequence[float], *, record: bool) -> tuple[list[Tensor], Combined | None]:
-        combined = None
-        self.optimiser.zero_grad(set_to_none=True)
-        if self.by_halves or record:
-            halves, gradients = self._gradients(batch)
-            combined = combine_gradients(
-                gradients, weights, use_rescale=self.objective.rescale, use_project=self.objective.project
-            )
-            length = combined.gradient.norm()
-            self._set_gradient(combined.gradient * (self.options.clip / (length + 1e-6)).clamp(max=1.0))
+    def _step(self, rows: Rows, weights: Tensor) -> Step:
+        if self._captured is not None:
+            return self._captured(rows, weights)
+        if self.compiling.due:
+            self.compiling.begin()
+            self.descent.compile()
+        seeds = [[int(torch.randint(1 << 62, (1,), generator=order)) for _ in self.plan.n]
+                 for order in self.plan.orders] if self.descent.draws else ()
+        step: Step = self.compiling.time(lambda: self.descent.step(rows, weights, seeds))
+        if self.captures and self.compiling.settled:
+            self._captured = CapturedStep(self.descent, rows, weights)
+        return step
+
+    def _weights(self) -> Tensor:
+        """a_0 .. a_L of every member, `(K, L + 1)`."""
+        if self.lagged is not None:
+            return self.lagged.current.to(self.plan.dtype)
+        fixed: tuple[float, ...]
+        if self.schedule is not None and self.schedule.weights is not None:
+            fixed = (*self.schedule.weights[self.epoch], 1.0)
+        elif isinstance(self.objective.weights, str):
+            fixed = (1.0,) * len(self.plan.n)
         else:
-            halves = self._losses(batch)
-            telescope(halves, weights).backward()
-            nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
-        self.optimiser.step()
-        return halves, combined
+            fixed = (*self.objective.weights, 1.0)
+        return self._constant(fixed)
 
-    def _losses(self, batch: Batch) -> list[Tensor]:
-        if not self.paired:
-            losses = -self.network.standard_log_prob(batch.input, batch.condition)
-            return list(losses.split(batch.sizes))
-        return [loss() for loss in self._paired_losses(batch)]
+    def _constant(self, fixed: tuple[float, ...]) -> Tensor:
+        key = (fixed, len(self.plan))
+        if key not in self._constants:  # a copy to the device would wait for it
+            self._constants = {key: torch.tensor([fixed] * len(self.plan), dtype=self.plan.dtype, device=self.device)}
+        return self._constants[key]
 
-    def _gradients(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Row losses and the flat gradient of the mean loss, half by half."""
-        halves, gradients = [], []
-        for loss in self._paired_losses(batch):
-            rows = loss()
-            parts = torch.autograd.grad(rows.mean(), self.parameters, allow_unused=True)
-            gradients.append(torch.cat([
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for p, g in zip(self.parameters, parts, strict=True)
-            ]))
-            halves.append(rows.detach())
-        return halves, gradients
-
-    def _paired_losses(self, batch: Batch) -> Iterator[Any]:
-        """One function per half; the coarse half runs from the random state of its fine twin, so masks agree."""
-        state: Tensor | None = None
-        device = batch.input.device
-        for index, (input, condition) in enumerate(batch.halves()):
-            if self.paired:
-                if index > 0 and index % 2 == 0 and state is not None:
-                    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-                else:
-                    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-            yield lambda i=input, c=condition: -self.network.standard_log_prob(i, c)
-
-    def _set_gradient(self, flat: Tensor) -> None:
-        sizes = [p.numel() for p in self.parameters]
-        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    @torch.no_grad()
-    def _score(self, batch: Batch) -> float:
-        """The telescoped loss of rows in eval mode; held-out rows then tell the next weights."""
-        self.network.eval()
-        halves = (-self.network.standard_log_prob(batch.input, batch.condition)).split(batch.sizes)
-        score = float(telescope(halves, self.weights))
-        if self.lagged is not None and batch is self.validation and math.isfinite(score):
-            self.lagged.update(halves)
-        return score
-
-    def _batches(self) -> Iterator[Batch]:
-        if self.full is not None:
-            yield self.full
+    def _read(self) -> None:
+        """Fetches what the device has recorded since the last time, and lets stopped members go."""
+        if not self._unread:
             return
-        steps = math.ceil(sum(len(term) for term in self.terms) / self.batch_size)
-        orders = [torch.randperm(len(term)).to(term.input.device) for term in self.terms]
-        sizes = [min(len(term), max(math.ceil(len(term) / steps), _SMALLEST_BATCH)) for term in self.terms]
-        for step in range(steps):
-            rows = []
-            for term, order, size in zip(self.terms, orders, sizes, strict=True):
-                at = torch.arange(step * size, (step + 1) * size, device=order.device) % len(term)
-                rows.append(term.rows(order[at]))
-            yield batch_terms(rows)
+        levels, halves = len(self.plan.n), len(self.plan.sizes)
+        block = torch.stack(self._unread).cpu().tolist()
+        self._unread = []
+        for epoch in block:
+            for member, values in zip(self.running, epoch, strict=True):
+                loss, score, was, _, best, best_loss = values[:6]
+                if was != RUNNING:
+                    continue
+                history = self.histories[member]
+                history.epochs.append(_record(loss, score, values[6: 6 + halves],
+                                              values[6 + halves: 6 + halves + levels], values[6 + halves + levels:]))
+                history.best_epoch, history.best_loss = int(best), best_loss
+        states = [int(values[3]) for values in block[-1]]
+        for member, state in zip(self.running, states, strict=True):
+            if state == PATIENCE:
+                self.histories[member].stopped = f"no better held-out loss for {self.options.patience} epochs"
+            elif state == NONFINITE:
+                self.histories[member].stopped = (
+                    "the loss stopped being finite; the best weights before that were kept")
+        stays = [at for at, state in enumerate(states) if state == RUNNING]
+        # A graph and a compiled function are of one shape.
+        shrinks = self._captured is None and self.compiling.asked is False
+        if len(stays) < len(self.running) and (shrinks or not stays):
+            self._finish([member for at, member in enumerate(self.running) if at not in stays])
+            if stays:
+                self._select(stays)
+            self.running = [self.running[at] for at in stays]
+
+    def _select(self, stays: Sequence[int]) -> None:
+        self.plan.select(stays)
+        self.stack = Stack([self.members[self.running[at]].network for at in stays])
+        self.descent.select(stays, self.stack)
+        self.kept.select(stays)
+        if self.lagged is not None:
+            self.lagged.select(stays)
+        if self.held_out is not None:
+            index = torch.tensor(stays, device=self.device)
+            self.held_out = Rows(self.held_out.input[index], self.held_out.condition[index], self.held_out.sizes, {})
+
+    def _finish(self, members: Sequence[int]) -> None:
+        """Takes the best parameters of members whose training is over out of the tensors."""
+        for member in members:
+            self.finished[member] = self.kept.best[self.running.index(member)].clone()
+            self.statistics.restore(member)
+            if not self.histories[member].stopped:
+                self.histories[member].stopped = f"all {self.epochs} epochs done"
+
+    def _deliver(self) -> list[History]:
+        for index, (member, history) in enumerate(zip(self.members, self.histories, strict=True)):
+            if history.best_epoch < 0 or not math.isfinite(history.best_loss):
+                why = "the held-out loss was never finite" if history.epochs and math.isfinite(
+                    history.epochs[-1]["loss"]) else "training diverged"
+                raise TrainingError(f"There are no weights to keep: {why}. Lower the learning rate, and check that "
+                                    "the density's log-prob is finite.")
+            history.stages = (history.best_epoch,)
+            Stack([member.network]).write(self.finished[index][None])
+            member.network.eval()
+        return self.histories
+
+    def _told(self) -> dict[str, str]:
+        """What the progress bar shows: means over members still in training."""
+        last = [self.histories[member].epochs[-1] for member in self.running or range(len(self.members))]
+        told = {shown: f"{sum(record[name] for record in last) / len(last):.3f}"
+                for shown, name in (("loss", "loss"), ("held_out", "validation_loss"))}
+        return told if len(self.members) == 1 else {**told, "networks": str(len(self.running))}
+
+    # What can go wrong
+
+    def _check_start(self) -> None:
+        self.stack.eval()
+        rows = self.plan.few(_FIRST_ROWS)
+        losses = self.descent.score(rows)
+        bad = int((~losses.isfinite()).sum())
+        if bad:
+            raise TrainingError(f"The loss is not finite before training has begun: {bad} of {losses.numel()} rows "
+                                "have a log-prob that is not finite. Check x for extreme values, and a density of "
+                                "your own for its log_prob.")
+
+    def out_of_memory(self) -> TrainingError:
+        """An error that says how many rows would fit."""
+        asked = size = sum(self.plan.taken)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        while size > 1:
+            size //= 2
+            rows = self.plan.few(max(1, size // len(self.plan.sizes)))
+            try:
+                self.descent.gradient(rows, self._weights(), [[0] * len(self.plan.n)] * len(self.plan))
+            except torch.OutOfMemoryError:
+                continue
+            return TrainingError(f"The device ran out of memory with {asked} rows of {len(self.plan)} networks in a "
+                                 f"step; {size} rows fit. Set batch_size={size}.")
+        return TrainingError("The device ran out of memory with a single row in a step: the network is too large.")
+
+    # Going on
+
+    def _fingerprint(self) -> str:
+        told = (asdict(self.objective), {**asdict(self.options), "together": None, "compile": None}, self.pooled,
+                None if self.schedule is None else asdict(self.schedule), [member.seed for member in self.members])
+        held = [] if self.held_out is None else [self.held_out.input, self.held_out.condition]
+        return fingerprint([self.stack.read(), *(part for block in self.plan.blocks for part in block), *held], *told)
+
+    def _resume(self) -> float:
+        """Goes on from the checkpoint, if there is one; seconds spent before."""
+        if self.checkpoint is None:
+            return 0.0
+        self._identity = self._fingerprint()
+        found = self.checkpoint.read(self._identity, self.device)
+        if found is None:
+            return 0.0
+        tensors, told = found
+        self.histories = [History(**{**saved, **{name: tuple(saved[name]) for name in
+                                                 ("n_train", "n_validation", "stages", "notes")}})
+                          for saved in told["histories"]]
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = tensor
+        if told["running"]:
+            if told["running"] != self.running:
+                self._select(told["running"])
+            self.descent.load(groups["descent"], told["steps"])
+            self.kept.load(groups["kept"])
+            if self.lagged is not None:
+                self.lagged.load(groups["lagged"])
+            self.plan.set_random_state(groups["random"])
+        self.descent.done = told["steps"]
+        if self.statistics:
+            self.statistics.load(groups["statistics"])
+        self.running, self.epoch = told["running"], told["epoch"]
+        self.finished = {int(name): tensor for name, tensor in groups.get("finished", {}).items()}
+        return float(told["seconds"])
+
+    def _save(self, seconds: float) -> None:
+        assert self.checkpoint is not None
+        groups: dict[str, Mapping[str, Tensor]] = {"finished": {str(at): row for at, row in self.finished.items()}}
+        if self.running:
+            groups |= {"descent": self.descent.tensors(), "kept": self.kept.tensors()}
+            if self.lagged is not None:
+                groups["lagged"] = self.lagged.tensors()
+            groups["random"] = self.plan.random_state()
+        if self.statistics:
+            groups["statistics"] = self.statistics.tensors()
+        self.checkpoint.write(
+            {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()},
+            {"fingerprint": self._identity, "epoch": self.epoch, "steps": self.descent.done, "running": self.running,
+             "seconds": seconds, "histories": [asdict(history) for history in self.histories]},
+        )
 
 
-def _batch_size(asked: int | str | None, total: int) -> int:
-    if asked is None:
-        return total
-    return asked if isinstance(asked, int) else min(max(math.ceil(total / 4), 256), 2048)
-
-
-def _train_mode(network: ConditionalDensity) -> None:
-    """Train mode, but for an embedding of which nothing is trained: its batch statistics and masks stay fixed too."""
-    network.train()
-    parameters = list(network.embedding.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        network.embedding.eval()
-
-
-def _record(means: Tensor, weights: Sequence[float], combined: Sequence[Combined]) -> dict[str, float]:
-    values = means.cpu().tolist()
-    record = {"loss": values[0] * weights[0], "fine_0": values[0]}
+def _record(
+    loss: float, score: float, means: Sequence[float], weights: Sequence[float], recorded: Sequence[float]
+) -> dict[str, float]:
+    record = {"loss": loss, "fine_0": means[0]}
     for level in range(1, len(weights)):
-        fine, coarse = values[2 * level - 1], values[2 * level]
-        record["loss"] += weights[level] * fine - weights[level - 1] * coarse
-        record[f"fine_{level}"], record[f"coarse_{level}"] = fine, coarse
+        record[f"fine_{level}"], record[f"coarse_{level}"] = means[2 * level - 1], means[2 * level]
         record[f"weight_{level - 1}"] = weights[level - 1]
-    for name in ("base_norm", "correction_norm", "cosine", "projected"):
-        found = [float(getattr(c, name)) for c in combined]
-        record[name] = float(np.mean(found)) if found else math.nan
-    return record
+    found = {name: value for name, value in zip(RECORDED, recorded, strict=True) if not math.isnan(value)}
+    return {**record, **found, "validation_loss": score}
 
 
-def _check(network: nn.Module, terms: Sequence[Term], objective: Objective) -> None:
-    weights = objective.weights
-    if isinstance(weights, str):
-        if weights not in ("unit", "estimated"):
-            raise ValueError(f'Expected weights "unit", "estimated" or numbers; got "{weights}".')
-    elif len(weights) != len(terms) - 1:
+def _check(members: Sequence[Member], objective: Objective) -> None:
+    terms, weights = members[0].train, objective.weights
+    if not isinstance(weights, str) and len(weights) != len(terms) - 1:
         raise ValueError(f"Expected {len(terms) - 1} weights, a_0 .. a_(L-1); got {len(weights)}.")
     if weights == "estimated" and min(len(term) for term in terms) < 2:
         raise ValueError(f"Expected at least 2 training rows a term to estimate weights; got "
                          f'{[len(term) for term in terms]}. Simulate more pairs, or use weights="unit".')
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    if normed and len(terms) > 1:
+    if len(terms) > 1 and is_normed(members[0].network):
         raise ValueError("Batch normalisation is not supported in a multilevel loss: the halves of a pair would be "
                          "normalised by different statistics. Use LayerNorm or GroupNorm.")

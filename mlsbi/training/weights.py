@@ -2,11 +2,10 @@ r"""Weights of the telescoping sum: fixed, or estimated from earlier steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mlsbi.training.alignment import fit_affine
@@ -14,9 +13,7 @@ from mlsbi.training.alignment import fit_affine
 __all__ = ["LaggedWeights", "solve_weights"]
 
 
-def solve_weights(
-    n: Sequence[float], fine: ArrayLike, coarse: ArrayLike, covariance: ArrayLike
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def solve_weights(n: Sequence[float], fine: Any, coarse: Any, covariance: Any) -> Tensor:
     r"""Weights a_0 .. a_L that minimise the telescoping estimator's variance, a_L = 1.
 
     .. math:: -\frac{c_l}{n_l} a_{l-1} + \left(\frac{V^f_l}{n_l} + \frac{V^c_{l+1}}{n_{l+1}}\right) a_l
@@ -24,28 +21,31 @@ def solve_weights(
 
     Args:
         n: Rows of each term, shape `(L + 1,)`.
-        fine: Variance of f^l over term l's rows, shape `(L + 1,)`.
-        coarse: Variance of f^{l-1} over term l's rows, shape `(L + 1,)`, entry 0 unused.
-        covariance: Covariance of f^l and f^{l-1} over term l's rows, shape `(L + 1,)`, entry 0 unused.
+        fine: Variance of f^l over term l's rows, shape `(..., L + 1)`.
+        coarse: Variance of f^{l-1} over term l's rows, shape `(..., L + 1)`, entry 0 unused.
+        covariance: Covariance of f^l and f^{l-1} over term l's rows, shape `(..., L + 1)`, entry 0 unused.
+
+    Returns:
+        Weights, shape `(..., L + 1)`, float64.
 
     Example:
-        >>> solve_weights([1000, 10], fine=[1.0, 1.0], coarse=[0.0, 1.0], covariance=[0.0, 0.5]).round(3)
-        array([0.495, 1.   ])
+        >>> solve_weights([1000, 10], fine=[1.0, 1.0], coarse=[0.0, 1.0], covariance=[0.0, 0.5])
+        tensor([0.4950, 1.0000], dtype=torch.float64)
     """
+    v_fine, v_coarse, covariance = (torch.as_tensor(part, dtype=torch.float64) for part in (fine, coarse, covariance))
     top = len(n) - 1
-    weights = np.ones(top + 1)
+    last = torch.ones_like(v_fine[..., :1])
     if top == 0:
-        return weights
-    g = 1.0 / np.asarray(n, dtype=np.float64)
-    v_fine, v_coarse = np.asarray(fine, dtype=np.float64), np.asarray(coarse, dtype=np.float64)
-    coupling = g * np.asarray(covariance, dtype=np.float64)
-    diagonal = g[:-1] * v_fine[:-1] + g[1:] * v_coarse[1:]
-    matrix = np.diag(diagonal) - np.diag(coupling[1:top], 1) - np.diag(coupling[1:top], -1)
-    right = np.zeros(top)
-    right[-1] = coupling[top]
-    # Levels without any variance leave their weight free: least squares then takes the smallest.
-    weights[:top] = np.linalg.lstsq(matrix, right, rcond=None)[0]
-    return weights
+        return last
+    g = 1.0 / torch.tensor(n, dtype=torch.float64, device=v_fine.device)
+    coupling = g * covariance
+    matrix = torch.diag_embed(g[:-1] * v_fine[..., :-1] + g[1:] * v_coarse[..., 1:])
+    between = coupling[..., 1:top]
+    matrix = matrix - torch.diag_embed(between, 1) - torch.diag_embed(between, -1)
+    right = torch.cat([torch.zeros_like(coupling[..., 1:top]), coupling[..., top:]], -1)
+    # Levels without any variance leave their weight free: the pseudo-inverse then takes the smallest.
+    solved = (torch.linalg.pinv(matrix, hermitian=True) @ right[..., None])[..., 0]
+    return torch.cat([solved, last], -1)
 
 
 class LaggedWeights:
@@ -57,39 +57,58 @@ class LaggedWeights:
 
     Args:
         n: Rows trained on in each term, shape `(L + 1,)`.
+        members: Networks trained side by side, each with weights of its own.
         smoothing: Share of the old moments kept at each update.
+        device: Where losses come from.
     """
 
-    def __init__(self, n: Sequence[int], *, smoothing: float = 0.8) -> None:
+    def __init__(
+        self, n: Sequence[int], *, members: int = 1, smoothing: float = 0.8, device: torch.device | str = "cpu"
+    ) -> None:
         self.n = tuple(n)
         self.smoothing = smoothing
-        self.current = (1.0,) * len(n)
-        self._moments: Tensor | None = None
+        self.current = torch.ones(members, len(n), dtype=torch.float64, device=device)
+        self._moments = torch.full((members, 2, len(n) - 1), torch.nan, dtype=torch.float64, device=device)
 
     def update(self, halves: Sequence[Tensor]) -> None:
-        """Takes in row losses, in the order of `telescope`; the new weights hold from the next use on."""
+        """Takes in row losses `(K, rows)`, in the order of `telescope`; the new weights hold from the next use on."""
         if len(self.n) == 1:
             return
-        losses = [half.detach().double().cpu() for half in halves]
-        if not all(bool(torch.isfinite(loss).all()) for loss in losses):
-            return  # such a step is recorded and ends the training; it tells nothing of the weights
+        losses = [half.detach().double() for half in halves]
         fine, coarse = [losses[0], *losses[1::2]], losses[2::2]  # coarse[l] are rows of level l, as fine[l]
         variances, slopes = [], []
         for level, twin in enumerate(coarse):
             variances.append(_pooled_variance(fine[level], twin))
-            slopes.append(fit_affine(twin, fine[level + 1], variances[-1])[0])
-        moments = torch.stack([torch.stack(variances), torch.stack(slopes)])
-        keep = self.smoothing if self._moments is not None else 0.0
-        self._moments = moments if self._moments is None else keep * self._moments + (1 - keep) * moments
-        variance, slope = self._moments.numpy()
-        below = np.concatenate([[0.0], variance])
+            slopes.append(torch.func.vmap(fit_affine)(twin, fine[level + 1], variances[-1])[0])
+        moments = torch.stack([torch.stack(variances, 1), torch.stack(slopes, 1)], 1)  # (K, 2, L)
+        moments = torch.where(self._moments.isnan(), moments,
+                              self.smoothing * self._moments + (1 - self.smoothing) * moments)
+        sound = moments.isfinite().all(2).all(1)[:, None]
+        variance, slope = torch.where(sound[..., None], moments, 0.0).unbind(1)
+        nought = torch.zeros_like(variance[:, :1])
         # The finest level's own variance does not enter.
-        solved = solve_weights(self.n, np.append(variance, 0.0), below, np.concatenate([[0.0], slope * variance]))
+        solved = solve_weights(self.n, torch.cat([variance, nought], 1), torch.cat([nought, variance], 1),
+                               torch.cat([nought, slope * variance], 1))
+        # Losses that are not finite end the training; they tell nothing of the weights.
+        self._moments = torch.where(sound[..., None], moments, self._moments)
         # Beyond [0, 1] a weight follows noise of few pairs: levels that agree give 1, unrelated ones 0.
-        self.current = tuple(float(a) for a in np.clip(solved, 0.0, 1.0))
+        self.current = torch.where(sound, solved.clamp(0.0, 1.0), self.current)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes, each with a leading axis of members."""
+        return {"weights": self.current, "moments": self._moments}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from what `tensors` gave."""
+        self.current, self._moments = tensors["weights"].clone(), tensors["moments"].clone()
+
+    def select(self, members: Sequence[int]) -> None:
+        """Goes on with some of the members."""
+        self.load({name: tensor[list(members)] for name, tensor in self.tensors().items()})
 
 
 def _pooled_variance(*groups: Tensor) -> Tensor:
-    """Variance of all rows together, each group about its own mean; 0 where no group has two rows."""
-    freedom = sum(len(group) - 1 for group in groups)
-    return torch.stack([((group - group.mean()) ** 2).sum() for group in groups]).sum() / max(freedom, 1)
+    """Variance `(K,)` of all rows together, each group about its own mean; 0 where no group has two rows."""
+    freedom = sum(group.shape[1] - 1 for group in groups)
+    total = torch.stack([((group - group.mean(1, keepdim=True)) ** 2).sum(1) for group in groups]).sum(0)
+    return total / max(freedom, 1)

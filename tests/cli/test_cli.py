@@ -183,7 +183,7 @@ def test_strategies_are_compared_on_one_data_set(tmp_path, capsys):
 
 def test_a_strategy_that_fails_leaves_the_others(tmp_path, monkeypatch):
     from mlsbi.strategies.single_level import SingleLevel
-    from mlsbi.training.loop import TrainingError
+    from mlsbi.training.history import TrainingError
 
     def fail(self, *args, **keywords):
         raise TrainingError("it diverged")

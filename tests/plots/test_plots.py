@@ -21,7 +21,7 @@ from mlsbi.plots.failures import read_tries
 from mlsbi.plots.style import COLOURS, TRUTH
 from mlsbi.store.records import Records, Stream
 from mlsbi.store.store import create_store
-from mlsbi.training.loop import History, join_histories
+from mlsbi.training.history import History, join_histories
 
 
 def make_data(levels, outputs=(5,), n=30, names=None):
@@ -58,7 +58,7 @@ def make_pilot(levels):
     })
 
 
-def make_history(levels, *, epochs=60, seed=0, early=1.0, weights="unit", validation=True, every=20):
+def make_history(levels, *, epochs=60, seed=0, early=1.0, weights="unit", validation=True, every=20, adjusted=True):
     generator = np.random.default_rng(seed)
     records = []
     for epoch in range(epochs):
@@ -66,8 +66,9 @@ def make_history(levels, *, epochs=60, seed=0, early=1.0, weights="unit", valida
         for level in range(1, levels):
             record[f"fine_{level}"], record[f"coarse_{level}"] = generator.normal(size=2)
             record[f"weight_{level - 1}"] = 1.0 if weights == "unit" else 1 / (1 + epoch)
+        record["gradient_norm"] = float(generator.uniform())
         recorded = levels > 1 and epoch % every == 0
-        for name in ("base_norm", "correction_norm", "cosine", "projected"):
+        for name in ("base_norm", "correction_norm", "cosine", "projected") if adjusted else ():
             record[name] = float(generator.uniform()) if recorded else np.nan
         record["validation_loss"] = record["loss"] + 0.5 if validation else np.nan
         records.append(record)
@@ -292,6 +293,13 @@ class TestLosses:
         figure = plots.losses([make_history(2, weights="estimated")])
         assert len(figure.axes) == 5
         assert sum("Weight of" in title for title in titles(figure)) == 1
+
+    def test_gradients_are_shown_where_they_were_adjusted(self):
+        """Plain steps record nothing but the length of the whole gradient."""
+        plain = plots.losses([make_history(2, adjusted=False), make_history(2, seed=1, adjusted=False)])
+        assert len(plain.axes) == 2
+        assert not any("radient" in title or "Angle" in title for title in titles(plain))
+        assert len(plots.losses([make_history(3, adjusted=False, weights="estimated")]).axes) == 3
 
     def test_kept_epoch_is_marked_for_every_member(self):
         histories = [make_history(2, seed=i, epochs=40 + 10 * i) for i in range(3)]

@@ -1,0 +1,67 @@
+r"""The best parameters of every member so far, and who has stopped; all of it decided where the numbers are.
+
+Nothing here waits for the device: a stop is noticed when the host next looks, and until then the members concerned are
+already left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["NONFINITE", "PATIENCE", "RUNNING", "Kept"]
+
+RUNNING, PATIENCE, NONFINITE = range(3)
+
+
+class Kept:
+    r"""Best parameters by held-out score, or the last ones where nothing is held out.
+
+    Args:
+        flat: Parameters to begin with, `(K, P)`.
+        patience: Epochs without a better score before a member stops.
+        scored: Whether there are held-out rows.
+        pooled: Whether members share one score, their mean, and so stop at one epoch.
+    """
+
+    def __init__(self, flat: Tensor, *, patience: int, scored: bool, pooled: bool) -> None:
+        self.patience, self.scored, self.pooled = patience, scored, pooled
+        members = len(flat)
+        self.best = flat.clone()
+        self.loss = torch.full((members,), torch.inf, dtype=torch.float64, device=flat.device)
+        self.epoch = torch.full((members,), -1, dtype=torch.int64, device=flat.device)
+        self.state = torch.full((members,), RUNNING, dtype=torch.int64, device=flat.device)
+
+    def update(self, epoch: int, loss: Tensor, score: Tensor, flat: Tensor) -> Tensor:
+        """Takes in an epoch's training losses, held-out scores `(K,)` and parameters; gives who was kept, `(K,)`."""
+        running = self.state == RUNNING
+        sound = loss.isfinite() & flat.isfinite().all(1)
+        if self.scored:
+            if self.pooled:
+                # A member without a finite score says that its epoch is no good; the others' go on.
+                score = score.mean().expand_as(score)
+            better = running & sound & (score < self.loss)  # not where the score is NaN
+        else:
+            score, better = loss, running & sound
+        self.loss = torch.where(better, score.double(), self.loss)
+        self.epoch = torch.where(better, epoch, self.epoch)
+        self.best = torch.where(better[:, None], flat, self.best)
+        tired = running & (epoch - self.epoch >= self.patience) & self.scored
+        self.state = torch.where(tired, PATIENCE, self.state)
+        self.state = torch.where(running & ~sound, NONFINITE, self.state)
+        return better
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes, each with a leading axis of members."""
+        return {"best": self.best, "best_loss": self.loss, "best_epoch": self.epoch, "state": self.state}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from what `tensors` gave."""
+        self.best, self.loss = tensors["best"].clone(), tensors["best_loss"].clone()
+        self.epoch, self.state = tensors["best_epoch"].clone(), tensors["state"].clone()
+
+    def select(self, members: Sequence[int]) -> None:
+        """Goes on with some of the members."""
+        self.load({name: tensor[list(members)] for name, tensor in self.tensors().items()})
