@@ -1,4 +1,4 @@
-r"""Speed and memory of the basics: imports, the training step, simulating, a whole run.
+r"""Speed and memory of the basics: imports, simulating, a whole run. Training has `bench_training.py`.
 
 Every figure is a ratio of two things measured in turn on the same machine, the median over repetitions.
 
@@ -19,11 +19,8 @@ from typing import Any
 import torch
 from runner import write_result
 from timing import in_turn
-from torch import nn
 
-from mlsbi import NSF, simulate, tasks
-from mlsbi.strategies.fitting import posterior_problem
-from mlsbi.training.loop import Objective, TrainingOptions, _Trainer
+from mlsbi import simulate, tasks
 
 
 def python(code: str) -> Callable[[], Any]:
@@ -37,40 +34,6 @@ def importing(repetitions: int) -> dict[str, Any]:
         "import mlsbi": in_turn(python("import mlsbi"), python("import torch"), repetitions),
         "from mlsbi import NPE": in_turn(python("from mlsbi import NPE"), python("import torch"), repetitions),
     }
-
-
-def training_step(repetitions: int, n: tuple[int, int]) -> dict[str, Any]:
-    """A step of the engine against plain passes of the same rows and network.
-
-    The plain step is one forward and backward pass per term, gradient clipping and torch's AdamW with its defaults.
-    """
-    problem = posterior_problem(tasks.get("ou").simulate(n, 0), tasks.get("ou").prior)
-    found = {}
-    for name, objective in (
-        ("unit weights", Objective()),
-        ("estimated weights", Objective("estimated")),
-        ("rescale and project", Objective(rescale=True, project=True)),
-    ):
-        network = problem.network(NSF(), None, seed=0)
-        rows = [problem.standardise(term) for term in problem.terms]
-        trainer = _Trainer(network, rows, [], objective, TrainingOptions(batch_size=None), torch.device("cpu"))
-        batch = trainer.full
-        halves = batch.halves()
-        plain = problem.network(NSF(), None, seed=0)
-        optimiser = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
-
-        def engine(trainer: Any = trainer, batch: Any = batch) -> None:
-            trainer._step(batch, [1.0, 1.0], record=False)
-
-        def reference(plain: Any = plain, halves: Any = halves, optimiser: Any = optimiser) -> None:
-            optimiser.zero_grad()
-            for sign, (input, condition) in zip((1.0, 1.0, -1.0), halves, strict=True):
-                (-sign * plain.standard_log_prob(input, condition).mean()).backward()
-            nn.utils.clip_grad_norm_(plain.parameters(), 5.0)
-            optimiser.step()
-
-        found[f"{name}, n = {n[0]} + {n[1]}"] = in_turn(engine, reference, repetitions)
-    return found
 
 
 def simulating(repetitions: int) -> dict[str, Any]:
@@ -143,8 +106,6 @@ def main() -> None:
     results: dict[str, Any] = {}
     results |= memory()
     results |= importing(min(options.repetitions, 7))
-    results |= training_step(4 * options.repetitions, (1000, 100))
-    results |= training_step(options.repetitions, (10_000, 1000))
     results |= simulating(options.repetitions)
     for name, row in results.items():
         print(f"{name:45s} {row['ratio']:.3f}", {k: round(v, 3) for k, v in row.items() if k in ("lowest", "highest")})

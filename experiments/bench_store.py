@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_basics import in_turn
 from runner import write_result
+from timing import in_turn
 
 from mlsbi import BoxPrior, Level, LevelStack, open_store, simulate, tasks
 from mlsbi.store.records import Records, Stream

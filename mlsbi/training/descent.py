@@ -233,6 +233,7 @@ class Descent:
     def select(self, members: Sequence[int], stack: Stack) -> None:
         """Goes on with some of the members, whose networks are `stack`."""
         state = {name: tensor[list(members)] for name, tensor in self.tensors().items()}
+        self.stack.release()
         self.stack = stack
         self.load(state, self.done)
 
