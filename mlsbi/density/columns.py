@@ -51,6 +51,10 @@ class Dropout(nn.Module):
         self.features, self.p = features, p
         self.register_buffer("keep", torch.empty(0), persistent=False)
 
+    def extra_repr(self) -> str:
+        """What tells it from another."""
+        return f"{self.features}, p={self.p}"
+
     def forward(self, columns: Tensor) -> Tensor:
         """Columns `(features, n)` as they are in evaluation mode, else each entry times 0 or `1 / (1 - p)`."""
         if not self.training or self.p == 0:

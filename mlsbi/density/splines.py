@@ -57,6 +57,10 @@ class RationalQuadraticSpline(nn.Module):
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("ends", torch.arange(2)[:, None, None], persistent=False)
 
+    def extra_repr(self) -> str:
+        """What tells it from another."""
+        return f"bins={self.bins}, tail_bound={self.tail_bound}"
+
     def forward(
         self, inputs: Tensor, sizes: Tensor, slopes: Tensor, *, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ class NeuralLikelihood:
         features = self._unbounded.features(parameters).to(self._device)
         with seeded(child_seed(seed), self._device):
             member = torch.randint(len(self.networks), (len(features),))
-            drawn = torch.empty(len(features), self.networks[0].input_scaler.mean.numel())
+            scaler = self.networks[0].input_scaler
+            drawn = torch.empty(len(features), scaler.mean.numel(), dtype=scaler.dtype)
             for index, network in enumerate(self.networks):
                 own = (member == index).nonzero()[:, 0]
                 if len(own):

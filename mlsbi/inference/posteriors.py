@@ -99,11 +99,11 @@ class DirectPosterior:
         points = read_theta(theta, len(batch), dim)
         flat = points.reshape(-1, dim)
         inside = in_support(self.prior, flat)
-        result = torch.full((len(flat),), -torch.inf)
+        result = torch.full((len(flat),), -torch.inf, dtype=self.networks[0].input_scaler.dtype)
         rows = inside.nonzero()[:, 0]
         embedded = self._embed(batch)
         for chunk in rows.split(_CHUNK) if len(rows) else ():
-            result[chunk] = self._log_prob_rows(flat[chunk], embedded, chunk % len(batch))
+            result[chunk] = self._log_prob_rows(flat[chunk], embedded, chunk % len(batch)).to(result.dtype)
         return result.reshape(points.shape[:2])
 
     def _embed(self, x: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from mlsbi.priors import Unbounded, check_theta
 from mlsbi.randomness import child_seed, seeded
 from mlsbi.strategies.registry import Strategy
 from mlsbi.training.checkpoints import Checkpoint
-from mlsbi.training.history import History
+from mlsbi.training.history import History, TrainingError
 from mlsbi.training.loop import Member, Schedule, at_once
 from mlsbi.training.objective import Term, split_terms
 from mlsbi.training.options import TrainingOptions
@@ -272,7 +272,7 @@ class _Fitting:
         if self.options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(self.seed, 1))  # one permutation for all members
             kept, held = split_terms(self.rows, self.options.validation_fraction, generator, member=member,
-                                     members=members)
+                                     members=members, cover=key == _FOLD_KEY)
         # Standardised one by one, so that large data is not there twice over.
         train = [self.problem.standardise(kept.pop(0)) for _ in range(len(kept))]
         validation = [self.problem.standardise(held.pop(0)) for _ in range(len(held))]
@@ -298,8 +298,12 @@ def _cross_fit(
                          label=f"choosing the epoch, {folds} folds")
     whole = Member(fitting.network(0), [fitting.problem.standardise(term) for term in fitting.rows], [],
                    child_seed(fitting.seed, 2, 0))
-    history, = strategy.fit([whole], options=options, schedules=_schedules(found), checkpoint=parts[1],
+    schedules = _schedules(found)
+    history, = strategy.fit([whole], options=options, schedules=schedules, checkpoint=parts[1],
                             progress=progress)
+    if len(history.epochs) < sum(schedule.epochs for schedule in schedules):
+        raise TrainingError(f"The network trained on all rows diverged before the epoch that was best for {folds} "
+                            "others. Lower the learning rate.")
     scores = [np.mean([record["validation_loss"] for record in records])
               for records in zip(*(_trained(own) for own in found), strict=True)]
     for record, score in zip(history.epochs, scores, strict=True):

@@ -90,8 +90,10 @@ class Compiling:
         """What compiling brought after so many steps; `None` where nothing was compiled."""
         if self.asked == "auto" and not self._begun:
             return "not compiled: training was over before compiling could have paid"
-        if self.seconds is None or not self._compiled:
+        if self.asked is False:
             return None
+        if self.seconds is None or not self._compiled:
+            return f"compiling came to nothing: training was over after {steps} steps"
         plain, after = statistics.median(self._plain), statistics.median(self._compiled)
         said = (f"compiling took {self.seconds:.0f} s; a step then took {1e3 * after:.2f} ms instead of "
                 f"{1e3 * plain:.2f} ms")

@@ -110,13 +110,16 @@ class Descent:
         return self.flat.detach() if self.average is None else self.average
 
     @torch.no_grad()
-    def score(self, rows: Rows) -> Tensor:
-        """Row losses `(K, n)` in the mode the networks are in."""
-        with self._cast(rows):
-            if self._bound and self.average is None:
-                return self._one_by_one(rows)
-            function = self.stack.together if self.is_together else self.stack.apart
-            return function(self.current, rows.input, rows.condition, rows.keep)
+    def score(self, rows: Rows, most: int) -> Tensor:
+        """Row losses `(K, n)` in the mode the networks are in and in full precision, of so many rows at a time."""
+        return torch.cat([self._score(*part) for part in zip(rows.input.split(most, 1), rows.condition.split(most, 1),
+                                                             strict=True)], 1)
+
+    def _score(self, input: Tensor, condition: Tensor) -> Tensor:
+        if self._bound and self.average is None:
+            return self._one_by_one(Rows(input, condition, (input.shape[1],), {}))
+        function = self.stack.together if self.is_together else self.stack.apart
+        return function(self.current, input, condition, {})
 
     def compile(self) -> None:
         """Evaluates training steps by a compiled function from now on; the next step compiles it."""

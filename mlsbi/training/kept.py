@@ -42,7 +42,8 @@ class Kept:
             if self.pooled:
                 # A member without a finite score says that its epoch is no good; the others' go on.
                 score = score.mean().expand_as(score)
-            better = running & sound & (score < self.loss)  # not where the score is NaN
+                sound = (sound | ~running).all().expand_as(sound)  # there is no common epoch without one of them
+            better = running & sound & score.isfinite() & (score < self.loss)
         else:
             score, better = loss, running & sound
         self.loss = torch.where(better, score.double(), self.loss)

@@ -27,7 +27,7 @@ from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import Plan, Rows, batch_rows, stack_rows
 from mlsbi.training.stack import Stack, refusal
-from mlsbi.training.statistics import Statistics, is_normed
+from mlsbi.training.statistics import Statistics, changed_buffers, is_normed
 from mlsbi.training.weights import LaggedWeights
 
 __all__ = ["Member", "Schedule", "at_once", "minimise"]
@@ -37,6 +37,7 @@ _FIRST_ROWS = 1024  # rows of a term scored before training, to see whether x ca
 # times with a few hundred rows, and loses beyond its cache).
 _ROWS_EACH, _TOGETHER_ROWS = 4096, 32_768
 _TOGETHER_VALUES = 1 << 28  # numbers in the rows of all members, which are copies: 1 GiB
+_SCORED = 4  # steps' worth of rows
 _UNREAD = 20  # epochs on a GPU between two looks at what happened there
 
 
@@ -155,12 +156,14 @@ class _Run:
         self.plan = Plan([[term.to(device) for term in member.train] for member in members],
                          batch_size=options.batch_size, dropouts=masks, seeds=[member.seed for member in members])
         self.held_out = self._held_out()
+        # Rows scored at a time: without gradients several times as many fit as in a step.
+        self.scored = max(_SCORED * sum(self.plan.sizes), _FIRST_ROWS)
         self.stack = Stack([member.network for member in members])
         self.notes: list[str] = []
-        draws = self._draws()
+        draws, moving = self._probe_network()
+        self.statistics = Statistics([member.network for member in members], moving)
         together = self._goes_together(draws=draws)
         self.descent = Descent(self.stack, objective, options, n=self.plan.n, together=together, draws=draws)
-        self.statistics = Statistics([member.network for member in members])
         self.kept = Kept(self.descent.flat.detach(), patience=options.patience, scored=self.held_out is not None,
                          pooled=pooled)
         estimated = objective.weights == "estimated" and (schedule is None or schedule.weights is None)
@@ -188,27 +191,37 @@ class _Run:
                     tuple(input.shape[1] for input, _ in blocks), {})
 
     @torch.no_grad()
-    def _draws(self) -> bool:
-        """Whether two passes over the same rows with the same masks differ."""
-        copied = Stack([copy.deepcopy(self.members[0].network)])  # batch statistics would be changed
-        copied.train()
-        rows = self._probe()
-        keep = {name: bits[0] for name, bits in rows.keep.items()}
-        first, again = (copied.one(0, copied.read()[0], rows.input[0], rows.condition[0], keep) for _ in range(2))
-        return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(again))
+    def _probe_network(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether two passes over the same rows with the same masks differ, and which buffers a pass changes."""
+        rows, losses = self._probe(), []
+        moving: tuple[str, ...] = ()
+        for _ in range(2):
+            network = copy.deepcopy(self.members[0].network)
+            copied, before = Stack([network]), {name: buffer.clone() for name, buffer in network.named_buffers()}
+            copied.train()
+            flat = copied.read()[0]
+            # Away from where it starts: what follows the parameters may be settled there.
+            flat = flat + 0.1 * torch.arange(len(flat), dtype=flat.dtype, device=flat.device).sin()
+            losses.append(copied.one(0, flat, rows.input[0], rows.condition[0],
+                                     {name: mask[0] for name, mask in rows.keep.items()}))
+            moving = changed_buffers(network, before)
+        return not torch.equal(*map(torch.nan_to_num, losses)), moving
 
     def _probe(self) -> Rows:
         """A few rows of the last half, with masks that drop nothing."""
-        return self.plan.few(16).halves()[-1]
+        return self.plan.few([min(n, 16) for n in self.plan.n]).halves()[-1]
 
     def _goes_together(self, *, draws: bool) -> bool:
         if at_once(self.members[0].train, len(self.members), self.options, self.device) == 1:
             return False
         rows = self._probe()
-        reason = "the network draws random numbers of its own" if draws else refusal(
-            self.members[0].network, rows.input[0], rows.condition[0],
-            {name: mask[0] for name, mask in rows.keep.items()},
-        )
+        if draws:
+            reason: str | None = "the network draws random numbers of its own"
+        elif self.statistics:
+            reason = "training changes buffers of the network"
+        else:
+            reason = refusal(self.members[0].network, rows.input[0], rows.condition[0],
+                             {name: mask[0] for name, mask in rows.keep.items()})
         if reason is not None:
             self.notes.append(f"members were evaluated one after the other: {reason}")
         return reason is None
@@ -274,7 +287,7 @@ class _Run:
         score = torch.full_like(loss, torch.nan)
         self.stack.eval()
         if self.held_out is not None:
-            halves = self.descent.score(self.held_out).split(self.held_out.sizes, 1)
+            halves = self.descent.score(self.held_out, self.scored).split(self.held_out.sizes, 1)
             score = telescope_means([half.mean(1) for half in halves], weights)
             if self.lagged is not None:
                 self.lagged.update(halves)
@@ -392,8 +405,8 @@ class _Run:
 
     def _check_start(self) -> None:
         self.stack.eval()
-        rows = self.plan.few(_FIRST_ROWS)
-        losses = self.descent.score(rows)
+        rows = self.plan.few([_FIRST_ROWS] * len(self.plan.n))
+        losses = self.descent.score(rows, self.scored)
         bad = int((~losses.isfinite()).sum())
         if bad:
             raise TrainingError(f"The loss is not finite before training has begun: {bad} of {losses.numel()} rows "
@@ -403,17 +416,18 @@ class _Run:
     def out_of_memory(self) -> TrainingError:
         """An error that says how many rows would fit."""
         asked = size = sum(self.plan.taken)
+        networks = f"{len(self.plan)} network{'' if len(self.plan) == 1 else 's'}"
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         while size > 1:
             size //= 2
-            rows = self.plan.few(max(1, size // len(self.plan.sizes)))
+            rows = self.plan.few(self.plan.split(size)[1])
             try:
                 self.descent.gradient(rows, self._weights(), [[0] * len(self.plan.n)] * len(self.plan))
             except torch.OutOfMemoryError:
                 continue
-            return TrainingError(f"The device ran out of memory with {asked} rows of {len(self.plan)} networks in a "
-                                 f"step; {size} rows fit. Set batch_size={size}.")
+            return TrainingError(f"The device ran out of memory with {asked} rows of {networks} in a step; {size} "
+                                 f"rows fit. Set batch_size={size}.")
         return TrainingError("The device ran out of memory with a single row in a step: the network is too large.")
 
     # Going on
@@ -422,7 +436,10 @@ class _Run:
         told = (asdict(self.objective), {**asdict(self.options), "together": None, "compile": None}, self.pooled,
                 None if self.schedule is None else asdict(self.schedule), [member.seed for member in self.members])
         held = [] if self.held_out is None else [self.held_out.input, self.held_out.condition]
-        return fingerprint([self.stack.read(), *(part for block in self.plan.blocks for part in block), *held], *told)
+        networks = [tensor for member in self.members for tensor in member.network.state_dict().values()]
+        # `repr` has what no tensor shows, such as the probability of dropout.
+        return fingerprint([*networks, *(part for block in self.plan.blocks for part in block), *held],
+                           *told, repr(self.members[0].network))
 
     def _resume(self) -> float:
         """Goes on from the checkpoint, if there is one; seconds spent before."""

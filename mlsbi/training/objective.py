@@ -125,7 +125,13 @@ def telescope(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def split_terms(
-    terms: Sequence[Term], fraction: float, generator: torch.Generator, *, member: int = 0, members: int = 1
+    terms: Sequence[Term],
+    fraction: float,
+    generator: torch.Generator,
+    *,
+    member: int = 0,
+    members: int = 1,
+    cover: bool = False,
 ) -> tuple[list[Term], list[Term]]:
     r"""Holds out whole rows of every term, pairs kept together.
 
@@ -138,6 +144,7 @@ def split_terms(
         generator: Source of the permutation; the same for all members.
         member: Which member of an ensemble the split is for.
         members: How many there are.
+        cover: Whether to hold out enough rows, whatever the fraction, that every row is held out by some member.
 
     Raises:
         ValueError: If a term has fewer than two rows.
@@ -148,7 +155,7 @@ def split_terms(
         if n < 2:
             raise ValueError(f"Expected at least 2 rows in term {level}, one to train on and one to hold out; got {n}. "
                              "Simulate more, or set validation_fraction=0 to train for a fixed number of epochs.")
-        out = min(max(round(fraction * n), 1), n - 1)
+        out = min(max(-(-n // members) if cover else round(fraction * n), 1), n - 1)
         order = torch.randperm(n, generator=generator).roll(-(member * n // members))
         held.append(term.rows(order[:out]))
         kept.append(term.rows(order[out:]))

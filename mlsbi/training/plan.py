@@ -82,11 +82,8 @@ class Plan:
         # Term of each half: 0, 1, 1, 2, 2, ...
         self.term = tuple(level for level, term in enumerate(members[0])
                           for _ in range(1 if term.coarse is None else 2))
-        total = sum(self.n)
-        size = batch_rows(batch_size, total)
-        self.full = size >= total
-        self.steps = 1 if self.full else math.ceil(total / size)
-        self.taken = tuple(n if self.full else min(n, max(math.ceil(n / self.steps), _SMALLEST_BATCH)) for n in self.n)
+        self.steps, self.taken = self.split(batch_rows(batch_size, sum(self.n)))
+        self.full = self.steps == 1
         self.sizes = tuple(self.taken[term] for term in self.term)
         # Orders are drawn on the CPU, so that a seed gives the same ones on every device.
         self.orders = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -96,6 +93,11 @@ class Plan:
     def __len__(self) -> int:
         """Members."""
         return len(self.orders)
+
+    def split(self, size: int) -> tuple[int, tuple[int, ...]]:
+        """Steps of an epoch with so many rows in each, about, and how many of each term a step then takes."""
+        steps = math.ceil(sum(self.n) / size)
+        return steps, tuple(n if steps == 1 else min(n, max(math.ceil(n / steps), _SMALLEST_BATCH)) for n in self.n)
 
     def epoch(self) -> Iterator[Rows]:
         """The rows of each step of the next epoch."""
@@ -114,9 +116,10 @@ class Plan:
                              else order[:, start: start + size])
             yield Rows(*self._join(picks), self.sizes, self._keep())
 
-    def few(self, most: int) -> Rows:
-        """The first rows of every half, of which nothing is dropped."""
-        blocks = [(input[:, :most], condition[:, :most]) for input, condition in self.blocks]
+    def few(self, most: Sequence[int]) -> Rows:
+        """The first rows of every term, with masks that drop nothing."""
+        blocks = [(input[:, :most[term]], condition[:, :most[term]])
+                  for term, (input, condition) in zip(self.term, self.blocks, strict=True)]
         input = torch.cat([input for input, _ in blocks], 1)
         keep = {name: input.new_ones(len(self), features, input.shape[1])
                 for name, (features, _) in self.dropouts.items()}
@@ -166,9 +169,9 @@ class Plan:
     def set_random_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `random_state` gave."""
         for order, own in zip(self.orders, state["orders"], strict=True):
-            order.set_state(own.cpu())
+            order.set_state(own.cpu().clone())  # torch reads a view from the start of its storage
         for bits, own in zip(self.bits, state["bits"], strict=True):
-            bits.set_state(own.cpu())
+            bits.set_state(own.cpu().clone())
 
 
 def _mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:

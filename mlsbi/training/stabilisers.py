@@ -53,7 +53,8 @@ def clip_correction(base: Tensor, correction: Tensor, limit: float) -> Tensor:
         >>> clip_correction(torch.tensor([0.0, 2.0]), torch.tensor([8.0, 0.0]), 0.5)
         tensor([1., 0.])
     """
-    return correction * (limit * _norm(base) / _norm(correction).clamp_min(_tiny(base))).clamp(max=1.0)
+    share = (limit * _norm(base) / _norm(correction).clamp_min(_tiny(base))).clamp(max=1.0)
+    return correction * torch.where(_norm(base) > 0, share, 1.0)  # a level 0 of weight 0 says nothing of lengths
 
 
 def clip_norm(gradient: Tensor, limit: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-r"""Running statistics of batch normalisation, which training changes beside the parameters."""
+r"""Buffers that training changes beside the parameters, such as the running statistics of batch normalisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Statistics", "is_normed"]
+__all__ = ["Statistics", "changed_buffers", "is_normed"]
 
 
 def is_normed(network: nn.Module) -> bool:
@@ -15,41 +15,53 @@ def is_normed(network: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
+def changed_buffers(network: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the buffers that are no longer what they were."""
+    return tuple(name for name, buffer in network.named_buffers()
+                 if name in before and not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(before[name])))
+
+
 class Statistics:
-    r"""The statistics of several networks as they were when their parameters were best.
+    r"""Such buffers of several networks, as they were when the parameters were best.
 
     False where there are none.
 
     Args:
         networks: All members, whether still in training or not.
+        names: Names of the buffers.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._current = [
-            {f"{index}.{name}": buffer for index, module in enumerate(network.modules())
-             if isinstance(module, nn.modules.batchnorm._BatchNorm) for name, buffer in module.named_buffers()}
-            for network in networks
-        ]
-        self._best = [{name: buffer.clone() for name, buffer in own.items()} for own in self._current]
+    def __init__(self, networks: Sequence[nn.Module], names: Sequence[str]) -> None:
+        self._networks, self._names = tuple(networks), tuple(names)
+        self._best = [{name: buffer.clone() for name, buffer in self._current(member).items()}
+                      for member in range(len(networks))]
 
     def __bool__(self) -> bool:
-        return any(self._current)
+        return bool(self._names)
+
+    def _current(self, member: int) -> dict[str, Tensor]:
+        """Looked up each time: a module may put another tensor in the place of its buffer."""
+        buffers = dict(self._networks[member].named_buffers())
+        return {name: buffers[name] for name in self._names}
 
     def keep(self, members: Sequence[int]) -> None:
         """Says that these members are at their best."""
         for member in members:
-            self._best[member] = {name: buffer.clone() for name, buffer in self._current[member].items()}
+            self._best[member] = {name: buffer.clone() for name, buffer in self._current(member).items()}
 
     @torch.no_grad()
     def restore(self, member: int) -> None:
-        """Puts a member's best statistics back."""
-        for name, buffer in self._current[member].items():
+        """Puts a member's best buffers back."""
+        for name, buffer in self._current(member).items():
             buffer.copy_(self._best[member][name])
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes."""
-        return {f"{what}.{member}.{name}": buffer for what, groups in (("current", self._current), ("best", self._best))
-                for member, own in enumerate(groups) for name, buffer in own.items()}
+        found: dict[str, Tensor] = {}
+        for member, best in enumerate(self._best):
+            for what, own in (("current", self._current(member)), ("best", best)):
+                found |= {f"{what}.{member}.{name}": buffer for name, buffer in own.items()}
+        return found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ from mlsbi.cli.main import main
 from mlsbi.report.html import read_results
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.single_level import SingleLevel
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.loop import _Run
 
 STACK = """
 import os, time, torch
@@ -230,3 +232,25 @@ def test_the_failures_of_a_run_are_the_user_s_to_judge(folder, capsys):
     assert set(store.failures()["status"]) == {"exception"}
     assert len(store.done(store.streams[1])) == results["spent"]["runs"][1]
     assert done < simulations(folder).count("h")
+
+
+def test_training_goes_on_where_it_was_interrupted(folder, monkeypatch, capsys):
+    assert call(folder, out="undisturbed") == 0
+    monkeypatch.setattr(Checkpoint, "due", True)  # a version after every epoch
+    epoch, done = _Run._train_epoch, []
+
+    def interrupted(self):
+        if len(done) == 12:
+            raise KeyboardInterrupt
+        done.append(self.epoch)
+        return epoch(self)
+
+    monkeypatch.setattr(_Run, "_train_epoch", interrupted)
+    assert call(folder) == 130
+    assert (folder / "out" / "multilevel" / "training").is_dir()
+    monkeypatch.setattr(_Run, "_train_epoch", lambda self: done.append(self.epoch) or epoch(self))
+    assert call(folder) == 0
+    assert done[11:13] == [11, 12]  # none of the twelve epochs is trained again
+    first, again = (read_results(folder / name) for name in ("undisturbed", "out"))
+    assert without_time(again) == without_time(first)
+    assert not (folder / "out" / "multilevel" / "training").exists()  # the model is saved

@@ -53,8 +53,7 @@ def make_score(mean, error):
 
 def make_training(n=(800, 80), **changes):
     return {"best_epoch": 14, "epochs": 45, "best_loss": 3.5, "stopped": "no better held-out loss for 30 epochs",
-            "seconds": 3.0, "n_train": list(n), "n_validation": [count // 4 for count in n], "projected": 0.0,
-            "cosine": 0.0, **changes}
+            "seconds": 3.0, "n_train": list(n), "n_validation": [count // 4 for count in n], "notes": [], **changes}
 
 
 def make_record(name, **changes):
@@ -371,6 +370,29 @@ def test_strategies_that_were_not_checked_are_not_ranked(tmp_path):
         assert said in page.text, said
     assert "negative log density" not in page.text
     assert "None" not in page.text
+
+
+def test_gradients_are_told_where_they_were_adjusted(tmp_path):
+    results = make_results()
+    adjusted = Reader(write(tmp_path, results)).text
+    assert "steps projected" in adjusted
+    assert "mean cosine" in adjusted
+    results["strategies"][0]["training"] = [make_training()] * 2
+    plain = Reader(write(tmp_path, results)).text
+    assert "projected" not in plain
+    assert "cosine" not in plain
+
+
+def test_notes_of_a_training_are_told_once(tmp_path):
+    results = make_results()
+    note = "members were evaluated one after the other: it draws <random> numbers"
+    results["strategies"][0]["training"] = [make_training(notes=[note])] * 2
+    text = Reader(write(tmp_path, results)).text
+    assert text.count("Members were evaluated one after the other: it draws <random> numbers.") == 1
+    old = make_training()
+    del old["notes"]  # written before there were any
+    results["strategies"][0]["training"] = [old]
+    assert "Training stopped" in Reader(write(tmp_path, results)).text
 
 
 def test_likelihoods_say_how_their_chains_went(tmp_path):

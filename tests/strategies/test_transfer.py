@@ -27,15 +27,17 @@ def stages(monkeypatch):
     """Every call that trains a stage: the network's values before it, its rows, options and trained parameters."""
     calls = []
 
-    def record(network, train, validation, **keywords):
+    def record(members, **keywords):
+        member, = members
+        network = member.network
         calls.append({
             "before": {name: value.clone() for name, value in network.state_dict().items()},
-            "train": train, "validation": validation, "options": keywords["options"], "seed": keywords["seed"],
-            "trained": {name for name, p in network.named_parameters() if p.requires_grad},
+            "train": member.train, "validation": member.validation, "options": keywords["options"],
+            "seed": member.seed, "trained": {name for name, p in network.named_parameters() if p.requires_grad},
         })
-        history = minimise(network, train, validation, **keywords)
+        histories = minimise(members, **keywords)
         calls[-1]["after"] = {name: value.clone() for name, value in network.state_dict().items()}
-        return history
+        return histories
 
     minimise = transfer.minimise
     monkeypatch.setattr(transfer, "minimise", record)
