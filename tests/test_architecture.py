@@ -33,7 +33,7 @@ ORDER = {
     "density": ["standardise", "configs", "columns", "splines", "linear", "autoregressive", "flows", "mixture_density",
                 "embeddings", "registry", "conditional"],
     "training": ["objective", "options", "history", "alignment", "weights", "stabilisers", "checkpoints", "compiling",
-                 "statistics", "memory", "stack", "plan", "kept", "descent", "graphs", "loop"],
+                 "statistics", "memory", "stack", "probing", "plan", "members", "kept", "descent", "graphs", "loop"],
     "strategies": ["multilevel", "single_level", "transfer", "registry", "fitting"],
     "allocation": ["problem", "goals", "integers", "advising", "optimal", "piloting"],
     "inference": ["observations", "ascent", "posteriors", "convergence", "mcmc", "ensemble", "hmc", "evidence",

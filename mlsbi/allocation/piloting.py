@@ -27,7 +27,8 @@ from mlsbi.store.records import JOINT_STREAM
 from mlsbi.store.store import Store
 from mlsbi.strategies.fitting import Problem
 from mlsbi.training.descent import Objective
-from mlsbi.training.loop import Member, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 

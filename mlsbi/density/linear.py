@@ -36,6 +36,10 @@ class SolvedLULinear(LULinear):
 
     def columns(self, x: Tensor, condition: Tensor | None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Image of columns `(features, n)`, and log-determinants `(n,)`."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # theta itself needs all digits
+            with torch.autocast(kind, enabled=False):
+                return self.columns(x.float(), condition, inverse=inverse)
         diagonal = self.upper_diag
         lower, upper = self._triangles(diagonal)
         log_det = diagonal.log().sum().expand(x.shape[1])

@@ -72,6 +72,10 @@ class RationalQuadraticSpline(nn.Module):
             slopes: Unnormalised slopes at the knots, shape `(bins + 1, m, n)`, `UNIT_SLOPE` at the first and last.
             inverse: Whether to apply the inverse.
         """
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind):  # knots need all digits
+            with torch.autocast(kind, enabled=False):
+                return self.forward(inputs.float(), sizes.float(), slopes.float(), inverse=inverse)
         inside = inputs.abs() <= self.tail_bound
         x = torch.where(inside, inputs, 0.0)  # what comes of points outside is not used
         knots = self._knots(sizes)

@@ -21,7 +21,7 @@ from mlsbi.randomness import child_seed, seeded
 from mlsbi.strategies.registry import Strategy
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History, TrainingError
-from mlsbi.training.loop import Member, Schedule, at_once
+from mlsbi.training.members import Member, Schedule, at_once
 from mlsbi.training.objective import Term, split_terms
 from mlsbi.training.options import TrainingOptions
 
@@ -261,8 +261,8 @@ class _Fitting:
         """A fresh network, initialised for one member."""
         network = self.problem.network(self.builder, self.embedding, seed=child_seed(self.seed, key, member),
                                        dtype=self.options.dtype)
-        if (member or key) and self.embedding is not None:
-            _reset(network.embedding, seed=child_seed(self.seed, key + 3, member))
+        if member and not key and self.embedding is not None:
+            _reset(network.embedding, seed=child_seed(self.seed, 3, member))
         return network.to(self.device)
 
     def member(self, member: int, members: int, *, key: int = 0) -> Member:

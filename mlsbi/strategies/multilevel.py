@@ -11,7 +11,8 @@ from mlsbi.training.alignment import align_terms
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History
-from mlsbi.training.loop import Member, Schedule, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 

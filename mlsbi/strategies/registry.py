@@ -11,7 +11,7 @@ from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History
-from mlsbi.training.loop import Member, Schedule
+from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 

@@ -9,7 +9,8 @@ from mlsbi.data import count_runs
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History
-from mlsbi.training.loop import Member, Schedule, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 

@@ -14,7 +14,8 @@ from mlsbi.training.alignment import align_terms
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, join_histories
-from mlsbi.training.loop import Member, Schedule, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 

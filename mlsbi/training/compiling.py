@@ -47,6 +47,7 @@ class Compiling:
         self._compiled: list[float] = []
         self._spent = 0.0
         self._begun = False
+        self._failed: str | None = None
 
     @property
     def due(self) -> bool:
@@ -64,6 +65,10 @@ class Compiling:
     def begin(self) -> None:
         """Says that the next step compiles."""
         self._begun = True
+
+    def give_up(self, why: str) -> None:
+        """Says that compiling failed."""
+        self.asked, self._failed = False, why
 
     def time(self, step: Callable[[], Any]) -> Any:
         """Runs a step, and times it where the time is wanted."""
@@ -91,7 +96,7 @@ class Compiling:
         if self.asked == "auto" and not self._begun:
             return "not compiled: training was over before compiling could have paid"
         if self.asked is False:
-            return None
+            return self._failed
         if self.seconds is None or not self._compiled:
             return f"compiling came to nothing: training was over after {steps} steps"
         plain, after = statistics.median(self._plain), statistics.median(self._compiled)

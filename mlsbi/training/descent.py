@@ -240,6 +240,11 @@ class Descent:
         self.stack = stack
         self.load(state, self.done)
 
+    def undo(self) -> None:
+        """Goes back to evaluating without compiling, after a step that failed before it changed anything."""
+        self.done -= 1
+        self._prepare()
+
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, each with a leading axis of members."""
         state = self.optimiser.state.get(self.flat, {})

@@ -32,18 +32,24 @@ class CapturedStep:
         self._seen = rows.input
         self._weights = weights.clone()
         before = {name: tensor.clone() for name, tensor in descent.tensors().items()}
-        device = rows.input.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        self._device = rows.input.device
+        try:
+            with torch.cuda.device(self._device):
+                self._record()
+        finally:
+            self._restore(before)
+
+    def _record(self) -> None:
+        """Takes the step on a stream of the device's own, as torch wants it: a few times, then to be recorded."""
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                descent.move(self._rows, self._weights)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._restore(before)
+                self.descent.move(self._rows, self._weights)
+        torch.cuda.current_stream(self._device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._out = descent.move(self._rows, self._weights)
-        self._restore(before)
+        with torch.cuda.graph(self.graph, stream=side):
+            self._out = self.descent.move(self._rows, self._weights)
 
     @torch.no_grad()
     def _restore(self, before: dict[str, Tensor]) -> None:
@@ -61,5 +67,6 @@ class CapturedStep:
         for name, mask in rows.keep.items():
             self._rows.keep[name].copy_(mask, non_blocking=True)
         self._weights.copy_(weights, non_blocking=True)
-        self.graph.replay()
+        with torch.cuda.device(self._device):
+            self.graph.replay()
         return self._out

@@ -30,6 +30,7 @@ class Kept:
         self.patience, self.scored, self.pooled = patience, scored, pooled
         members = len(flat)
         self.best = flat.clone()
+        self.previous = flat.clone()  # without scores the last parameters are kept, of which no loss is known yet
         self.loss = torch.full((members,), torch.inf, dtype=torch.float64, device=flat.device)
         self.epoch = torch.full((members,), -1, dtype=torch.int64, device=flat.device)
         self.state = torch.full((members,), RUNNING, dtype=torch.int64, device=flat.device)
@@ -48,6 +49,8 @@ class Kept:
             score, better = loss, running & sound
         self.loss = torch.where(better, score.double(), self.loss)
         self.epoch = torch.where(better, epoch, self.epoch)
+        if not self.scored:
+            self.previous = torch.where(better[:, None], self.best, self.previous)
         self.best = torch.where(better[:, None], flat, self.best)
         tired = running & (epoch - self.epoch >= self.patience) & self.scored
         self.state = torch.where(tired, PATIENCE, self.state)
@@ -56,11 +59,13 @@ class Kept:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, each with a leading axis of members."""
-        return {"best": self.best, "best_loss": self.loss, "best_epoch": self.epoch, "state": self.state}
+        return {"best": self.best, "previous": self.previous, "best_loss": self.loss, "best_epoch": self.epoch,
+                "state": self.state}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Goes on from what `tensors` gave."""
-        self.best, self.loss = tensors["best"].clone(), tensors["best_loss"].clone()
+        self.best, self.previous = tensors["best"].clone(), tensors["previous"].clone()
+        self.loss = tensors["best_loss"].clone()
         self.epoch, self.state = tensors["best_epoch"].clone(), tensors["state"].clone()
 
     def select(self, members: Sequence[int]) -> None:

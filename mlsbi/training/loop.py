@@ -2,11 +2,11 @@ r"""Minimising the telescoping loss of one network or of several side by side, w
 
 from __future__ import annotations
 
-import copy
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsbi.density.columns import dropouts
-from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.randomness import seeded
 from mlsbi.training.checkpoints import Checkpoint, fingerprint
 from mlsbi.training.compiling import Compiling
@@ -22,53 +21,20 @@ from mlsbi.training.descent import RECORDED, Descent, Objective, Step, telescope
 from mlsbi.training.graphs import CapturedStep
 from mlsbi.training.history import History, TrainingError
 from mlsbi.training.kept import NONFINITE, PATIENCE, RUNNING, Kept
+from mlsbi.training.members import Member, Schedule, at_once
 from mlsbi.training.memory import kept_memory
-from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
-from mlsbi.training.plan import Plan, Rows, batch_rows, stack_rows
+from mlsbi.training.plan import Plan, Rows, stack_rows
+from mlsbi.training.probing import Traits, find_traits, is_normed
 from mlsbi.training.stack import Stack, refusal
-from mlsbi.training.statistics import Statistics, changed_buffers, is_normed
+from mlsbi.training.statistics import Statistics
 from mlsbi.training.weights import LaggedWeights
 
-__all__ = ["Member", "Schedule", "at_once", "minimise"]
+__all__ = ["minimise"]
 
 _FIRST_ROWS = 1024  # rows of a term scored before training, to see whether x can be used at all
-# Rows in a step up to which a CPU evaluates several networks faster in one go, of each and of all (it gains 2 to 4
-# times with a few hundred rows, and loses beyond its cache).
-_ROWS_EACH, _TOGETHER_ROWS = 4096, 32_768
-_TOGETHER_VALUES = 1 << 28  # numbers in the rows of all members, which are copies: 1 GiB
 _SCORED = 4  # steps' worth of rows
 _UNREAD = 20  # epochs on a GPU between two looks at what happened there
-
-
-@dataclass(frozen=True)
-class Member:
-    r"""A network to train and its own rows.
-
-    Args:
-        network: On the device to train on; left in eval mode with the best weights found.
-        train: Standardised rows of each term.
-        validation: Held-out rows of each term; empty to train for all epochs and keep the last weights.
-        seed: Seed of batches and dropout.
-    """
-
-    network: ConditionalDensity
-    train: Sequence[Term]
-    validation: Sequence[Term]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Schedule:
-    r"""How long to train and under which weights, as found out before on other splits.
-
-    Args:
-        epochs: Epochs to train.
-        weights: a_0 .. a_{L-1} in every epoch, instead of estimated ones.
-    """
-
-    epochs: int
-    weights: tuple[tuple[float, ...], ...] | None = None
 
 
 def minimise(
@@ -103,34 +69,27 @@ def minimise(
         TrainingError: If the loss is not finite before training, training diverges at once, or a step does not fit
             into the device's memory.
     """
-    device = next(members[0].network.parameters()).device
+    trained = [parameter for parameter in members[0].network.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("Expected a network with parameters to train; none requires a gradient.")
+    device = trained[0].device
     with seeded(members[0].seed, device), kept_memory():
-        run = _Run(members, objective, options, pooled=pooled, schedule=schedule, checkpoint=checkpoint, device=device)
+        try:
+            run = _Run(members, objective, options, pooled=pooled, schedule=schedule, checkpoint=checkpoint,
+                       device=device)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError("The training rows do not fit into the device's memory. Train on the CPU, or fewer "
+                                "networks in one go: together=False.") from error
         try:
             return run.train(tqdm(total=run.epochs, desc=label, unit="epoch", disable=not progress, leave=False))
         except torch.OutOfMemoryError as error:
-            raise run.out_of_memory() from error
+            cause = error.with_traceback(None)  # which would hold what the failed step had made
         finally:
             run.stack.release()
-
-
-def at_once(terms: Sequence[Term], members: int, options: TrainingOptions, device: torch.device) -> int:
-    """How many of several networks with such rows each to train in one go; 1 is one after the other.
-
-    The answer follows from sizes alone, not from a clock, so that a seed gives the same on machines of one kind.
-    """
-    if members == 1 or options.together != "auto":
-        return members if options.together else 1
-    halves = [(len(term), 1 if term.coarse is None else 2) for term in terms]
-    total = sum(rows for rows, _ in halves)
-    share = min(batch_rows(options.batch_size, total) / total, 1.0)
-    values = sum(rows * count * (term.input[0].numel() + term.fine[0].numel())
-                 for (rows, count), term in zip(halves, terms, strict=True))
-    most = max(_TOGETHER_VALUES // values, 1)
-    if device.type == "cpu":
-        rows = math.ceil(share * sum(rows * count for rows, count in halves))
-        most = min(most, _TOGETHER_ROWS // rows) if rows <= _ROWS_EACH else 1
-    return min(members, most)
+        try:
+            raise run.out_of_memory() from cause
+        finally:
+            run.stack.release()
 
 
 class _Run:
@@ -147,7 +106,6 @@ class _Run:
         checkpoint: Checkpoint | None,
         device: torch.device,
     ) -> None:
-        _check(members, objective)
         self.members, self.objective, self.options, self.pooled = members, objective, options, pooled
         self.schedule, self.checkpoint, self.device = schedule, checkpoint, device
         self.epochs = options.epochs if schedule is None else schedule.epochs
@@ -159,17 +117,21 @@ class _Run:
         # Rows scored at a time: without gradients several times as many fit as in a step.
         self.scored = max(_SCORED * sum(self.plan.sizes), _FIRST_ROWS)
         self.stack = Stack([member.network for member in members])
+        self.stack.train()
+        _check(members, objective)
         self.notes: list[str] = []
-        draws, moving = self._probe_network()
-        self.statistics = Statistics([member.network for member in members], moving)
-        together = self._goes_together(draws=draws)
-        self.descent = Descent(self.stack, objective, options, n=self.plan.n, together=together, draws=draws)
-        self.kept = Kept(self.descent.flat.detach(), patience=options.patience, scored=self.held_out is not None,
-                         pooled=pooled)
+        rows = self.plan.few([min(n, 16) for n in self.plan.n]).halves()[-1]
+        one = rows.input[0], rows.condition[0], {name: mask[0] for name, mask in rows.keep.items()}
+        traits = find_traits(first.network, *one)
+        self.statistics = Statistics([member.network for member in members], traits.moving)
+        together = self._goes_together(traits, one)
+        self.kept = Kept(self.stack.read(), patience=options.patience, scored=self.held_out is not None, pooled=pooled)
         estimated = objective.weights == "estimated" and (schedule is None or schedule.weights is None)
         self.lagged = LaggedWeights(self.plan.n, members=len(members), device=device) if estimated else None
-        self.compiling = Compiling(asked=self._compile(draws=draws, together=together), device=device)
-        self.captures = device.type == "cuda" and not draws and not self.statistics
+        if estimated and self.held_out is None:
+            self.notes.append("weights were estimated on rows trained on, for none were held out")
+        self.compiling = Compiling(asked=self._compile(traits, together=together), device=device)
+        self.captures = device.type == "cuda" and not traits.draws and not self.statistics
         self._captured: CapturedStep | None = None
         self.running = list(range(len(members)))  # which members the tensors hold, in this order
         self.histories = [
@@ -180,6 +142,8 @@ class _Run:
         self._unread: list[Tensor] = []
         self._constants: dict[Any, Tensor] = {}
         self.epoch = 0
+        # Last, for the networks' parameters are parts of its matrix from here on.
+        self.descent = Descent(self.stack, objective, options, n=self.plan.n, together=together, draws=traits.draws)
 
     # What is decided before the loop
 
@@ -190,47 +154,25 @@ class _Run:
         return Rows(torch.cat([input for input, _ in blocks], 1), torch.cat([condition for _, condition in blocks], 1),
                     tuple(input.shape[1] for input, _ in blocks), {})
 
-    @torch.no_grad()
-    def _probe_network(self) -> tuple[bool, tuple[str, ...]]:
-        """Whether two passes over the same rows with the same masks differ, and which buffers a pass changes."""
-        rows, losses = self._probe(), []
-        moving: tuple[str, ...] = ()
-        for _ in range(2):
-            network = copy.deepcopy(self.members[0].network)
-            copied, before = Stack([network]), {name: buffer.clone() for name, buffer in network.named_buffers()}
-            copied.train()
-            flat = copied.read()[0]
-            # Away from where it starts: what follows the parameters may be settled there.
-            flat = flat + 0.1 * torch.arange(len(flat), dtype=flat.dtype, device=flat.device).sin()
-            losses.append(copied.one(0, flat, rows.input[0], rows.condition[0],
-                                     {name: mask[0] for name, mask in rows.keep.items()}))
-            moving = changed_buffers(network, before)
-        return not torch.equal(*map(torch.nan_to_num, losses)), moving
-
-    def _probe(self) -> Rows:
-        """A few rows of the last half, with masks that drop nothing."""
-        return self.plan.few([min(n, 16) for n in self.plan.n]).halves()[-1]
-
-    def _goes_together(self, *, draws: bool) -> bool:
-        if at_once(self.members[0].train, len(self.members), self.options, self.device) == 1:
+    def _goes_together(self, traits: Traits, rows: tuple[Tensor, Tensor, dict[str, Tensor]]) -> bool:
+        count = len(self.members)
+        if count == 1 or at_once(self.members[0].train, count, self.options, self.device) < count:
             return False
-        rows = self._probe()
-        if draws:
+        if traits.draws:
             reason: str | None = "the network draws random numbers of its own"
-        elif self.statistics:
+        elif traits.moving:
             reason = "training changes buffers of the network"
         else:
-            reason = refusal(self.members[0].network, rows.input[0], rows.condition[0],
-                             {name: mask[0] for name, mask in rows.keep.items()})
+            reason = refusal(self.members[0].network, *rows)
         if reason is not None:
             self.notes.append(f"members were evaluated one after the other: {reason}")
         return reason is None
 
-    def _compile(self, *, draws: bool, together: bool) -> Any:
+    def _compile(self, traits: Traits, *, together: bool) -> Any:
         asked = self.options.compile
         if asked is False:
             return False
-        if draws:
+        if traits.draws:
             self.notes.append("not compiled: the network draws random numbers of its own")
             return False
         if len(self.members) > 1 and not together:
@@ -244,6 +186,8 @@ class _Run:
         """Trains until every member has stopped, and writes the best parameters into the networks."""
         start = time.perf_counter()
         before = self._resume()
+        if not self.running:
+            return self._deliver()  # a finished training, with the notes it had
         if self.epoch == 0:
             self._check_start()
         bar.update(self.epoch)
@@ -303,14 +247,37 @@ class _Run:
         if self._captured is not None:
             return self._captured(rows, weights)
         if self.compiling.due:
-            self.compiling.begin()
-            self.descent.compile()
+            return self._compile_step(rows, weights)
         seeds = [[int(torch.randint(1 << 62, (1,), generator=order)) for _ in self.plan.n]
                  for order in self.plan.orders] if self.descent.draws else ()
         step: Step = self.compiling.time(lambda: self.descent.step(rows, weights, seeds))
         if self.captures and self.compiling.settled:
-            self._captured = CapturedStep(self.descent, rows, weights)
+            self._capture(rows, weights)
         return step
+
+    def _compile_step(self, rows: Rows, weights: Tensor) -> Step:
+        self.compiling.begin()
+        self.descent.compile()
+        try:
+            found: Step = self.compiling.time(lambda: self.descent.step(rows, weights))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # all that torch.compile raises is one
+            why = str(error).partition("\n")[0]
+            if self.options.compile is True:
+                raise TrainingError(f"The network's loss cannot be compiled: {why}. Leave compile out, or mend the "
+                                    "embedding or density.") from error
+            self.compiling.give_up(f"not compiled: {why}")
+            self.descent.undo()
+            return self.descent.step(rows, weights)
+        return found
+
+    def _capture(self, rows: Rows, weights: Tensor) -> None:
+        try:
+            self._captured = CapturedStep(self.descent, rows, weights)
+        except RuntimeError as error:  # running out of memory is one
+            self.captures = False
+            self.notes.append(f"steps were not replayed as a CUDA graph: {str(error).partition(chr(10))[0]}")
 
     def _weights(self) -> Tensor:
         """a_0 .. a_L of every member, `(K, L + 1)`."""
@@ -377,21 +344,43 @@ class _Run:
     def _finish(self, members: Sequence[int]) -> None:
         """Takes the best parameters of members whose training is over out of the tensors."""
         for member in members:
-            self.finished[member] = self.kept.best[self.running.index(member)].clone()
             self.statistics.restore(member)
+            self.finished[member] = self._sound(self.running.index(member)).clone()
             if not self.histories[member].stopped:
                 self.histories[member].stopped = f"all {self.epochs} epochs done"
 
+    def _sound(self, at: int) -> Tensor:
+        """The best parameters; without held-out rows the last ones, or those before where they have no finite loss."""
+        best = self.kept.best[at]
+        if self.held_out is not None:
+            return best
+        self.stack.eval()
+        rows = self.plan.few(self.plan.n)
+        for flat in (best, self.kept.previous[at]):
+            with torch.no_grad():
+                parts = zip(rows.input[at].split(self.scored), rows.condition[at].split(self.scored), strict=True)
+                if all(bool(self.stack.one(at, flat, *part, {}).isfinite().all()) for part in parts):
+                    return flat
+        self.histories[self.running[at]].best_epoch = -1
+        return best
+
     def _deliver(self) -> list[History]:
+        lost = []
         for index, (member, history) in enumerate(zip(self.members, self.histories, strict=True)):
             if history.best_epoch < 0 or not math.isfinite(history.best_loss):
-                why = "the held-out loss was never finite" if history.epochs and math.isfinite(
-                    history.epochs[-1]["loss"]) else "training diverged"
-                raise TrainingError(f"There are no weights to keep: {why}. Lower the learning rate, and check that "
-                                    "the density's log-prob is finite.")
+                lost.append(index)
+                continue
             history.stages = (history.best_epoch,)
             Stack([member.network]).write(self.finished[index][None])
             member.network.eval()
+        if lost:
+            last = self.histories[lost[0]].epochs
+            why = "the held-out loss was never finite" if last and math.isfinite(last[-1]["loss"]) else \
+                "training diverged"
+            which = "" if len(self.members) == 1 else \
+                f" of network {', '.join(str(index + 1) for index in lost)} of {len(self.members)}"
+            raise TrainingError(f"There are no weights{which} to keep: {why}. Lower the learning rate, and check that "
+                                "the density's log-prob is finite.")
         return self.histories
 
     def _told(self) -> dict[str, str]:
@@ -415,6 +404,8 @@ class _Run:
 
     def out_of_memory(self) -> TrainingError:
         """An error that says how many rows would fit."""
+        self._captured = None
+        self.descent.undo()
         asked = size = sum(self.plan.taken)
         networks = f"{len(self.plan)} network{'' if len(self.plan) == 1 else 's'}"
         if self.device.type == "cuda":
@@ -439,7 +430,7 @@ class _Run:
         networks = [tensor for member in self.members for tensor in member.network.state_dict().values()]
         # `repr` has what no tensor shows, such as the probability of dropout.
         return fingerprint([*networks, *(part for block in self.plan.blocks for part in block), *held],
-                           *told, repr(self.members[0].network))
+                           *told, re.sub(" at 0x[0-9a-f]+", "", repr(self.members[0].network)))
 
     def _resume(self) -> float:
         """Goes on from the checkpoint, if there is one; seconds spent before."""

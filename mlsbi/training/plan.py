@@ -163,14 +163,16 @@ class Plan:
 
     def random_state(self) -> dict[str, Tensor]:
         """What the next batches and masks follow from, each with a leading axis of members."""
-        return {"orders": torch.stack([order.get_state() for order in self.orders]),
-                "bits": torch.stack([bits.get_state() for bits in self.bits])}
+        state = {"orders": torch.stack([order.get_state() for order in self.orders])}
+        if self.dropouts:
+            state["bits"] = torch.stack([bits.get_state() for bits in self.bits])
+        return state
 
     def set_random_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `random_state` gave."""
         for order, own in zip(self.orders, state["orders"], strict=True):
             order.set_state(own.cpu().clone())  # torch reads a view from the start of its storage
-        for bits, own in zip(self.bits, state["bits"], strict=True):
+        for bits, own in zip(self.bits, state.get("bits", ()), strict=bool(self.dropouts)):
             bits.set_state(own.cpu().clone())
 
 

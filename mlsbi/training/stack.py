@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from mlsbi.density.columns import dropouts
 from mlsbi.density.conditional import ConditionalDensity
 
-__all__ = ["Stack", "refusal"]
+__all__ = ["Stack", "perturbed", "refusal"]
 
 
 class _Losses(nn.Module):
@@ -176,14 +176,21 @@ def refusal(
     """
     stack = Stack([copy.deepcopy(network), copy.deepcopy(network)])
     stack.train()
-    rows, conditions = (part.expand(2, *part.shape) for part in (input, condition))
-    try:
-        with torch.no_grad():
-            stack.together(stack.read(), rows, conditions, {name: mask.expand(2, *mask.shape)
-                                                            for name, mask in keep.items()})
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        return str(error).partition("\n")[0].rstrip(".")
-    return None
+    flat, rows, conditions = perturbed(stack.read()), *(part.expand(2, *part.shape) for part in (input, condition))
+    masks = {name: mask.expand(2, *mask.shape) for name, mask in keep.items()}
+    with torch.no_grad():
+        try:
+            found = stack.together(flat, rows, conditions, masks)
+        except Exception as error:  # a user's module may raise anything where it cannot be mapped
+            return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        expected = stack.apart(flat, rows, conditions, masks)
+    alike = torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+    return None if alike else "in one go the network gives other values"
+
+
+def perturbed(flat: Tensor) -> Tensor:
+    """Parameters away from where they start, where some are zero and networks alike."""
+    return flat + 0.1 * torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).view_as(flat).sin()
 
 
 def _named(keep: Mapping[str, Tensor]) -> dict[str, Tensor]:

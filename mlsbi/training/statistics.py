@@ -7,18 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Statistics", "changed_buffers", "is_normed"]
-
-
-def is_normed(network: nn.Module) -> bool:
-    """Whether a network normalises by batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-
-
-def changed_buffers(network: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the buffers that are no longer what they were."""
-    return tuple(name for name, buffer in network.named_buffers()
-                 if name in before and not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(before[name])))
+__all__ = ["Statistics"]
 
 
 class Statistics:

@@ -13,7 +13,7 @@ from mlsbi.training.alignment import fit_affine
 __all__ = ["LaggedWeights", "solve_weights"]
 
 
-def solve_weights(n: Sequence[float], fine: Any, coarse: Any, covariance: Any) -> Tensor:
+def solve_weights(n: Sequence[float] | Tensor, fine: Any, coarse: Any, covariance: Any) -> Tensor:
     r"""Weights a_0 .. a_L that minimise the telescoping estimator's variance, a_L = 1.
 
     .. math:: -\frac{c_l}{n_l} a_{l-1} + \left(\frac{V^f_l}{n_l} + \frac{V^c_{l+1}}{n_{l+1}}\right) a_l
@@ -37,15 +37,24 @@ def solve_weights(n: Sequence[float], fine: Any, coarse: Any, covariance: Any) -
     last = torch.ones_like(v_fine[..., :1])
     if top == 0:
         return last
-    g = 1.0 / torch.tensor(n, dtype=torch.float64, device=v_fine.device)
+    g = 1.0 / torch.as_tensor(n, dtype=torch.float64, device=v_fine.device)
     coupling = g * covariance
-    matrix = torch.diag_embed(g[:-1] * v_fine[..., :-1] + g[1:] * v_coarse[..., 1:])
-    between = coupling[..., 1:top]
-    matrix = matrix - torch.diag_embed(between, 1) - torch.diag_embed(between, -1)
-    right = torch.cat([torch.zeros_like(coupling[..., 1:top]), coupling[..., top:]], -1)
-    # Levels without any variance leave their weight free: the pseudo-inverse then takes the smallest.
-    solved = (torch.linalg.pinv(matrix, hermitian=True) @ right[..., None])[..., 0]
-    return torch.cat([solved, last], -1)
+    right = torch.zeros_like(coupling[..., 0]), coupling[..., top]
+    pivots = list((g[:-1] * v_fine[..., :-1] + g[1:] * v_coarse[..., 1:]).unbind(-1))
+    rights = [right[int(level == top - 1)] for level in range(top)]
+    # Elimination along the levels; one without any variance leaves its weight free, which is then 0.
+    for level in range(1, top):
+        share = _divide(coupling[..., level], pivots[level - 1])
+        pivots[level] = pivots[level] - share * coupling[..., level]
+        rights[level] = rights[level] + share * rights[level - 1]
+    weights = [_divide(rights[top - 1], pivots[top - 1])]
+    for level in range(top - 2, -1, -1):
+        weights.insert(0, _divide(rights[level] + coupling[..., level + 1] * weights[0], pivots[level]))
+    return torch.cat([torch.stack(weights, -1), last], -1)
+
+
+def _divide(one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(other > 0, one / torch.where(other > 0, other, 1.0), 0.0)
 
 
 class LaggedWeights:
@@ -65,7 +74,7 @@ class LaggedWeights:
     def __init__(
         self, n: Sequence[int], *, members: int = 1, smoothing: float = 0.8, device: torch.device | str = "cpu"
     ) -> None:
-        self.n = tuple(n)
+        self.n = torch.tensor(n, dtype=torch.float64, device=device)
         self.smoothing = smoothing
         self.current = torch.ones(members, len(n), dtype=torch.float64, device=device)
         self._moments = torch.full((members, 2, len(n) - 1), torch.nan, dtype=torch.float64, device=device)

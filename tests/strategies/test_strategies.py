@@ -9,7 +9,8 @@ from mlsbi.strategies import multilevel
 from mlsbi.strategies.registry import resolve_strategy, strategy_from_config, strategy_names, strategy_to_config
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import join_histories
-from mlsbi.training.loop import Member, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member
 from mlsbi.training.objective import Term, pool_level
 
 SMALL = MDN(components=2, hidden=8, layers=1)

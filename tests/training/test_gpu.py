@@ -26,7 +26,7 @@ from mlsbi.training import loop
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.graphs import CapturedStep
-from mlsbi.training.loop import Member
+from mlsbi.training.members import Member
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 

@@ -25,7 +25,7 @@ from mlsbi.density.flows import NSF
 from mlsbi.training import loop
 from mlsbi.training.descent import Descent, Objective
 from mlsbi.training.history import TrainingError
-from mlsbi.training.loop import Member, Schedule
+from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import Rows

@@ -8,7 +8,7 @@ from trainings import MIXTURE, make_descent, make_members, make_network, make_te
 
 from mlsbi.density.mixture_density import MDN
 from mlsbi.training.descent import Objective
-from mlsbi.training.loop import Member
+from mlsbi.training.members import Member
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.stabilisers import (

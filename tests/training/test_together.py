@@ -24,7 +24,7 @@ from mlsbi.density.flows import MAF, NSF
 from mlsbi.training import loop
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import TrainingError
-from mlsbi.training.loop import at_once
+from mlsbi.training.members import at_once
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.stack import Stack, refusal
@@ -343,7 +343,7 @@ def test_ensembles_are_the_same_either_way(strategy):
 def test_one_member_that_diverges_is_an_error(monkeypatch):
     members = make_members(3, MIXTURE)
     spoil(monkeypatch, after=0, network=members[1].network)
-    with pytest.raises(TrainingError, match=r"no weights to keep.*Lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"no weights of network 2 of 3 to keep.*Lower the learning rate"):
         train(members)
 
 

@@ -12,7 +12,8 @@ from mlsbi.density.mixture_density import MDN
 from mlsbi.density.standardise import Standardiser
 from mlsbi.training.descent import Descent, Objective
 from mlsbi.training.history import TrainingError
-from mlsbi.training.loop import Member, minimise
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member
 from mlsbi.training.objective import Term, split_terms, telescope
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import Plan

@@ -1,0 +1,70 @@
+r"""Networks to be trained, each with its own rows, and how many of them in one go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
+from mlsbi.training.plan import batch_rows
+
+__all__ = ["Member", "Schedule", "at_once"]
+
+# Rows in a step up to which a CPU evaluates several networks faster in one go, of each and of all (it gains 2 to 4
+# times with a few hundred rows, and loses beyond its cache).
+_ROWS_EACH, _TOGETHER_ROWS = 4096, 32_768
+_TOGETHER_VALUES = 1 << 28  # numbers in the rows of all members, which are copies: 1 GiB
+
+
+@dataclass(frozen=True)
+class Member:
+    r"""A network to train and its own rows.
+
+    Args:
+        network: On the device to train on; left in eval mode with the best weights found.
+        train: Standardised rows of each term.
+        validation: Held-out rows of each term; empty to train for all epochs and keep the last weights.
+        seed: Seed of batches and dropout.
+    """
+
+    network: ConditionalDensity
+    train: Sequence[Term]
+    validation: Sequence[Term]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    r"""How long to train and under which weights, as found out before on other splits.
+
+    Args:
+        epochs: Epochs to train.
+        weights: a_0 .. a_{L-1} in every epoch, instead of estimated ones.
+    """
+
+    epochs: int
+    weights: tuple[tuple[float, ...], ...] | None = None
+
+
+def at_once(terms: Sequence[Term], members: int, options: TrainingOptions, device: torch.device) -> int:
+    """How many of several networks with such rows each to train in one go; 1 is one after the other.
+
+    The answer follows from sizes alone, not from a clock, so that a seed gives the same on machines of one kind.
+    """
+    if members == 1 or options.together != "auto":
+        return members if options.together else 1
+    halves = [(len(term), 1 if term.coarse is None else 2) for term in terms]
+    total = sum(rows for rows, _ in halves)
+    share = min(batch_rows(options.batch_size, total) / total, 1.0)
+    values = sum(rows * count * (term.input[0].numel() + term.fine[0].numel())
+                 for (rows, count), term in zip(halves, terms, strict=True))
+    most = max(_TOGETHER_VALUES // values, 1)
+    if device.type == "cpu":
+        rows = math.ceil(share * sum(rows * count for rows, count in halves))
+        most = min(most, _TOGETHER_ROWS // rows) if rows <= _ROWS_EACH else 1
+    return min(members, most)
