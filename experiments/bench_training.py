@@ -275,6 +275,8 @@ def draw_growth(found: dict[str, list[dict[str, float]]], path: Path) -> None:
         if what == "rows":
             axes.set_xscale("log")
             axes.set_yscale("log")
+        else:
+            axes.set_xticks(x)
         dress(axes, title="", x=labels[what], y="milliseconds a step")
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

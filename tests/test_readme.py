@@ -109,6 +109,29 @@ def test_speeds_are_the_measured_ones():
     assert row_of("peak memory")[1] == ratios["memory with large outputs"]
 
 
+@pytest.mark.parametrize(("start", "name"), [
+    ("a step of the default network", "cpu_eager"), ("the same, compiled", "cpu_compiled"),
+    ("20 replicates of a small network", "cpu_replicates_eager"), ("these, compiled", "cpu_replicates"),
+    ("an epoch of plain NPE", "npe_epoch_vs_sbi"),
+])
+def test_speeds_of_training_are_the_measured_ones(start, name):
+    measured = result("bench_training")
+    assert row_of(start)[1] == f"{measured['ratios'][name]:.1f}"
+    assert measured["ratios"]["gpu_vs_plain"] is measured["ratios"]["gpu_replicates"] is None  # or it is to be told
+
+
+@pytest.mark.parametrize(("variant", "start"), [
+    ("none", "none |"), ("rescale", "rescale |"), ("project", "project |"), ("rescale + project", "both |"),
+])
+def test_the_ablation_is_as_measured(variant, start):
+    lines = README[README.index("The published ablation"):].splitlines()
+    row = next(line for line in lines if line.startswith(f"| {start}")).strip("| ").split(" | ")
+    distances = result("stabilisers")["distances"]
+    expected = [distances[task][regime][variant] for task in ("toggle_switch", "g_and_k")
+                for regime in ("fixed epochs", "early stopping")]
+    assert row[1:] == [f"{score['mean']:.2f} +- {score['standard_error']:.2f}" for score in expected]
+
+
 def test_claims_about_the_store_are_the_measured_ones():
     measured = result("bench_store")["results"]
     taken, large, kills = measured["taking records"], measured["a large store"], measured["kills"]

@@ -416,3 +416,32 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
     assert done[-2] == "the same"
     assert done.count("written") <= 41 - 5  # 40 epochs and the end, of which six were there
+
+
+def test_a_finished_training_keeps_its_notes(tmp_path):
+    kept = [train(make_members(builder=MIXTURE, fraction=0), Objective("estimated"),
+                  checkpoint=Checkpoint(tmp_path / "here"))[0] for _ in range(2)]
+    assert kept[0].notes
+    assert kept[0].notes == kept[1].notes
+    assert kept[0].seconds == kept[1].seconds
+
+
+def test_addresses_do_not_tell_trainings_apart(tmp_path):
+    class Calls(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line, self.function = torch.nn.Linear(2, 2), lambda x: x
+
+        def extra_repr(self):
+            return repr(self.function)
+
+        def forward(self, x):
+            return self.function(self.line(x))
+
+    def embedding(member):
+        with torch.random.fork_rng():
+            torch.manual_seed(member)
+            return Calls()
+
+    for _ in range(2):
+        train(make_members(builder=MIXTURE, embedding=embedding), checkpoint=Checkpoint(tmp_path / "here"))

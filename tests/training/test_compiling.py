@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mlsbi.density.flows import NSF
 from mlsbi.training import compiling, descent
 from mlsbi.training.compiling import Compiling
 from mlsbi.training.descent import Objective
+from mlsbi.training.history import TrainingError
 from mlsbi.training.options import TrainingOptions
 
 CPU = torch.device("cpu")
@@ -202,3 +204,24 @@ def test_a_compiled_loss_trains_as_the_loss_itself(members, objective):
     builder = NSF(transforms=2, hidden=16)
     history = compiled_and_plain(builder, objective, members, {"epochs": 5, "batch_size": 100})
     assert history.notes[0].startswith("compiling took")
+
+
+@pytest.mark.parametrize("asked", [True, "auto"])
+def test_a_network_that_cannot_be_compiled(monkeypatch, asked):
+    def compiled(function):
+        def call(*arguments):
+            raise RuntimeError("data-dependent branching\nand more")
+
+        return call
+
+    monkeypatch.setattr(descent, "compiled", compiled)
+    monkeypatch.setattr(compiling, "_USUAL_SECONDS", 0.0)
+    options = TrainingOptions(epochs=8, batch_size=None, compile=asked)
+    if asked is True:
+        with pytest.raises(TrainingError, match="cannot be compiled: data-dependent branching. Leave compile out"):
+            train(make_members(1, MIXTURE), options=options)
+        return
+    history, = train(make_members(1, MIXTURE), options=options)
+    plain, = train(make_members(1, MIXTURE), options=replace(options, compile=False))
+    assert history.notes == ("not compiled: data-dependent branching",)
+    assert agree(history, plain, 0.0)

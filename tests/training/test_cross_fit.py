@@ -7,6 +7,7 @@ import torch
 from trainings import MIXTURE, make_members, make_terms, spoil, train
 
 from mlsbi import BoxPrior, Multilevel, MultilevelData, SingleLevel, TransferLearning
+from mlsbi.density.embeddings import GivenEmbedding
 from mlsbi.strategies import fitting, multilevel, single_level, transfer
 from mlsbi.strategies.fitting import fit_ensemble, posterior_problem
 from mlsbi.training.history import TrainingError
@@ -258,3 +259,25 @@ def test_a_last_network_that_explodes_is_no_puzzle(monkeypatch):
         return
     assert history.best_epoch == 1
     assert "stopped being finite" in history.stopped
+
+
+def test_folds_start_from_a_given_embedding_as_the_last_network_does(calls):
+    class Seven(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(2, 2)
+            torch.nn.init.constant_(self.line.weight, 7.0)
+
+        def forward(self, x):
+            return self.line(x)
+
+    started = []
+
+    class Noting(Multilevel):
+        def fit(self, members, **named):
+            started.extend(member.network.embedding.line.weight[0, 0].item() for member in members)
+            return super().fit(members, **named)
+
+    fit_ensemble(toy_problem(), MIXTURE, Noting(align=False), embedding=GivenEmbedding(Seven()), options=OPTIONS,
+                 seed=1, progress=False)
+    assert started == [7.0] * 6

@@ -449,3 +449,35 @@ def test_the_bar_is_called_as_asked_and_says_how_many_networks_are_left(capsys):
     assert "/3" in told
     train(make_members(2, MIXTURE))
     assert capsys.readouterr() == ("", "")
+
+
+class Cliff(nn.Module):
+    """A normal density that is not defined once its mean is beyond 0.05; descent takes it there."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1))
+
+    def log_prob(self, input, condition):
+        return torch.where(self.mean < 0.05, -0.5 * (input - self.mean + 1).square().sum(1), math.nan)
+
+
+@dataclass(frozen=True)
+class CliffBuilder:
+    def __call__(self, dim, condition_dim):
+        return Cliff()
+
+
+@pytest.mark.parametrize("epochs", [3, 20])
+def test_without_held_out_rows_parameters_without_a_finite_loss_are_not_kept(epochs):
+    """The loss of an epoch is that of the parameters before its last step, not of those after it."""
+    member, = make_members(builder=CliffBuilder(), n=(50,), fraction=0)
+    history, = train([member], options=TrainingOptions(epochs=epochs, learning_rate=0.02, batch_size=None))
+    assert math.isfinite(loss_of(member.network, member.train))
+    assert 0 < member.network.density.mean.item() < 0.05
+    assert math.isfinite(history.best_loss)
+
+
+def test_weights_estimated_on_rows_trained_on_are_told():
+    history, = train(make_members(builder=MIXTURE, fraction=0), Objective("estimated"))
+    assert history.notes == ("weights were estimated on rows trained on, for none were held out",)

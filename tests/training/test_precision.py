@@ -8,6 +8,8 @@ from trainings import DROPPING, MIXTURE, SMALL, fit, loss_of, make_members, make
 
 from mlsbi import NLE, NPE, BoxPrior, MCMCOptions, MLPEmbedding, MultilevelData, TrainingOptions, load
 from mlsbi.density.flows import MAF
+from mlsbi.density.linear import SolvedLULinear
+from mlsbi.density.splines import RationalQuadraticSpline
 from mlsbi.training.descent import Objective
 
 OPTIONS = TrainingOptions(epochs=3, learning_rate=5e-3, precision="float64")
@@ -146,3 +148,24 @@ def test_unknown_precisions(name):
 def test_precisions_are_those_of_weights():
     assert [TrainingOptions(precision=name).dtype for name in ("float32", "float64", "bfloat16")] == [
         torch.float32, torch.float64, torch.float32]
+
+
+def test_splines_keep_their_digits_in_mixed_precision():
+    """Knots near the ends of a wide interval would coincide with eight bits."""
+    spline = RationalQuadraticSpline(10, 8.0)
+    g = torch.Generator().manual_seed(0)
+    inputs = 5 * torch.randn(2, 300, generator=g)
+    sizes, slopes = 3 * torch.randn(10, 2, 2, 300, generator=g), torch.randn(11, 2, 300, generator=g)
+    expected = spline(inputs, sizes, slopes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = spline(inputs, sizes, slopes)
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
+
+
+def test_linear_maps_keep_their_digits_in_mixed_precision():
+    layer, x = SolvedLULinear(3), 1 + 1e-4 * torch.randn(3, 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.columns(x, None)[0], layer.columns(x.clone(), None)[0])
+        assert (layer.columns(x, None)[0] - x).abs().max() < 1e-5
