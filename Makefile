@@ -16,7 +16,7 @@ demo: $(STAMP)
 	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --ensemble 5 --out runs/demo --overwrite
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow"
+	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow" -n 2 --dist worksteal
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules

@@ -252,7 +252,7 @@ def drop(*path):
     (drop("spent", "seconds"), "simulator runs"),
     (drop("options"), "multilevel"),
     (drop("strategies"), "No training was recorded"),
-], ids=str)  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_is_missing_is_said(tmp_path, change, said):
     results = make_results()
     change(results)
