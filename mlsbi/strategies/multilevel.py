@@ -3,16 +3,15 @@ r"""Training on the telescoping sum of all levels."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from mlsbi.data import count_runs
-from mlsbi.training.alignment import align_terms
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Schedule, align_members
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -74,10 +73,7 @@ class Multilevel:
     ) -> list[History]:
         """Trains the networks in place; see `minimise`."""
         if self.align:
-            shared = members[0].network.shared_axes(of_outputs=members[0].train[0].of_outputs)
-            aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
-            members = [replace(member, train=train, validation=validation)
-                       for member, (train, validation) in zip(members, aligned, strict=True)]
+            members = align_members(members)
         return minimise(members, objective=self._objective(), options=options, pooled=pooled,
                         schedule=schedules[0] if schedules else None, checkpoint=checkpoint, progress=progress,
                         label=label)

@@ -10,12 +10,11 @@ from torch import nn
 
 from mlsbi.data import count_runs
 from mlsbi.randomness import child_seed
-from mlsbi.training.alignment import align_terms
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, join_histories
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Schedule, align_members
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 
@@ -107,10 +106,7 @@ class TransferLearning:
             raise ValueError("freeze_embedding=True needs an embedding with parameters; there is none. Pass "
                              "embedding=, or leave freeze_embedding out.")
         if self.align:
-            shared = members[0].network.shared_axes(of_outputs=members[0].train[0].of_outputs)
-            aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
-            members = [replace(member, train=train, validation=validation)
-                       for member, (train, validation) in zip(members, aligned, strict=True)]
+            members = align_members(members)
         levels = len(members[0].train)
         stages = []
         for stage in range(levels if self.fine_tune else levels - 1):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.training.alignment import align_terms
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import batch_rows
 
-__all__ = ["Member", "Schedule", "at_once"]
+__all__ = ["Member", "Schedule", "align_members", "at_once"]
 
 # Rows in a step up to which a CPU evaluates several networks faster in one go, of each and of all (it gains 2 to 4
 # times with a few hundred rows, and loses beyond its cache).
@@ -49,6 +50,14 @@ class Schedule:
 
     epochs: int
     weights: tuple[tuple[float, ...], ...] | None = None
+
+
+def align_members(members: Sequence[Member]) -> list[Member]:
+    """Members with the outputs of cheap levels mapped towards the finest, each by its own pairs; see `align_terms`."""
+    shared = members[0].network.shared_axes(of_outputs=members[0].train[0].of_outputs)
+    aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
+    return [replace(member, train=train, validation=validation)
+            for member, (train, validation) in zip(members, aligned, strict=True)]
 
 
 def at_once(terms: Sequence[Term], members: int, options: TrainingOptions, device: torch.device) -> int:
