@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -259,11 +260,13 @@ class _Run:
         self.compiling.begin()
         self.descent.compile()
         try:
-            found: Step = self.compiling.time(lambda: self.descent.step(rows, weights))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch about its own parts, which users can do nothing about
+                found: Step = self.compiling.time(lambda: self.descent.step(rows, weights))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # all that torch.compile raises is one
-            why = str(error).partition("\n")[0]
+            why = " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(".")
             if self.options.compile is True:
                 raise TrainingError(f"The network's loss cannot be compiled: {why}. Leave compile out, or mend the "
                                     "embedding or density.") from error
