@@ -136,6 +136,7 @@ def test_compiled_as_one_graph_equals_eager(builder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns about its own parts
 @pytest.mark.parametrize("builder", BUILDERS, ids=name)
 def test_compiled_by_inductor_equals_eager(builder):
     compiled_equals_eager(builder, "inductor")
