@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from mlsbi.randomness import seeded
 from mlsbi.training.compiling import compiled
+from mlsbi.training.objective import telescope
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import Rows
 from mlsbi.training.stabilisers import adjust, averaged_share, clip_norm, difference_penalty
 from mlsbi.training.stack import Stack
 
-__all__ = ["RECORDED", "Descent", "Objective", "Step", "telescope_means"]
+__all__ = ["RECORDED", "Descent", "Objective", "Step"]
 
 RECORDED = ("gradient_norm", "base_norm", "correction_norm", "cosine", "projected")
 """What a step records of its gradient; all but the first only where the gradient is adjusted."""
@@ -162,7 +163,7 @@ class Descent:
         if not self.objective.adjusts or len(self.n) == 1:
             losses = self._losses(rows, seeds)
             halves = losses.split(rows.sizes, 1)
-            total = telescope_means([half.mean(1) for half in halves], weights)
+            total = telescope(halves, weights)
             if penalty:
                 total = total + penalty * difference_penalty(halves, weights, self.n)
             return losses.detach(), self._slope(total), {}
@@ -263,14 +264,6 @@ class Descent:
                 **{name: tensors[name].clone() for name in ("exp_avg", "exp_avg_sq")},
             }
         self._prepare()
-
-
-def telescope_means(means: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted telescoping sum `(K,)` of mean losses `(K,)` of fine 0, fine 1, coarse 1, ..."""
-    total = weights[:, 0] * means[0]
-    for level in range(1, weights.shape[1]):
-        total = total + weights[:, level] * means[2 * level - 1] - weights[:, level - 1] * means[2 * level]
-    return total
 
 
 def _optimiser(flat: nn.Parameter, options: TrainingOptions) -> torch.optim.AdamW:

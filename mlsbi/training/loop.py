@@ -16,14 +16,15 @@ from tqdm.auto import tqdm
 
 from mlsbi.density.columns import dropouts
 from mlsbi.randomness import seeded
-from mlsbi.training.checkpoints import Checkpoint, fingerprint
+from mlsbi.training.checkpoints import Checkpoint, CheckpointError, fingerprint
 from mlsbi.training.compiling import Compiling
-from mlsbi.training.descent import RECORDED, Descent, Objective, Step, telescope_means
+from mlsbi.training.descent import RECORDED, Descent, Objective, Step
 from mlsbi.training.graphs import CapturedStep
 from mlsbi.training.history import History, TrainingError
 from mlsbi.training.kept import NONFINITE, PATIENCE, RUNNING, Kept
 from mlsbi.training.members import Member, Schedule, at_once
 from mlsbi.training.memory import kept_memory
+from mlsbi.training.objective import telescope
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import Plan, Rows, stack_rows
 from mlsbi.training.probing import Traits, find_traits, is_normed
@@ -228,12 +229,12 @@ class _Run:
             if self.lagged is not None and self.held_out is None:
                 self.lagged.update(halves)
         mean = torch.stack(means).mean(0)
-        loss = telescope_means(list(mean.unbind(1)), weights)
+        loss = telescope(mean.unsqueeze(2).unbind(1), weights)
         score = torch.full_like(loss, torch.nan)
         self.stack.eval()
         if self.held_out is not None:
             halves = self.descent.score(self.held_out, self.scored).split(self.held_out.sizes, 1)
-            score = telescope_means([half.mean(1) for half in halves], weights)
+            score = telescope(halves, weights)
             if self.lagged is not None:
                 self.lagged.update(halves)
         was = self.kept.state
@@ -359,12 +360,16 @@ class _Run:
             return best
         self.stack.eval()
         rows = self.plan.few(self.plan.n)
+        history = self.histories[self.running[at]]
         for flat in (best, self.kept.previous[at]):
             with torch.no_grad():
                 parts = zip(rows.input[at].split(self.scored), rows.condition[at].split(self.scored), strict=True)
-                if all(bool(self.stack.one(at, flat, *part, {}).isfinite().all()) for part in parts):
+                if history.best_epoch >= 0 and all(bool(self.stack.one(at, flat, *part, {}).isfinite().all())
+                                                   for part in parts):
+                    history.best_loss = history.epochs[history.best_epoch]["loss"]
                     return flat
-        self.histories[self.running[at]].best_epoch = -1
+            history.best_epoch -= 1
+        history.best_epoch = -1
         return best
 
     def _deliver(self) -> list[History]:
@@ -444,6 +449,10 @@ class _Run:
         if found is None:
             return 0.0
         tensors, told = found
+        if self.plan.dropouts and told["running"] and told["device"] != self.device.type:
+            raise CheckpointError(f"The checkpoint is of a training on {told['device']}, where the masks of dropout "
+                                  f"are drawn otherwise than on {self.device.type}. Go on there, or delete it to "
+                                  "train from the start.")
         self.histories = [History(**{**saved, **{name: tuple(saved[name]) for name in
                                                  ("n_train", "n_validation", "stages", "notes")}})
                           for saved in told["histories"]]
@@ -478,8 +487,8 @@ class _Run:
             groups["statistics"] = self.statistics.tensors()
         self.checkpoint.write(
             {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()},
-            {"fingerprint": self._identity, "epoch": self.epoch, "steps": self.descent.done, "running": self.running,
-             "seconds": seconds, "histories": [asdict(history) for history in self.histories]},
+            {"fingerprint": self._identity, "device": self.device.type, "epoch": self.epoch,
+             "steps": self.descent.done, "running": self.running, "seconds": seconds, "histories": [asdict(history) for history in self.histories]},
         )
 
 

@@ -98,15 +98,15 @@ def batch_terms(terms: Sequence[Term]) -> Batch:
     return Batch(torch.cat(inputs), torch.cat(conditions), tuple(len(part) for part in inputs))
 
 
-def telescope(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def telescope(halves: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
     r"""Weighted telescoping sum of mean losses.
 
     Args:
-        halves: Row losses of fine 0, fine 1, coarse 1, fine 2, coarse 2, ...
-        weights: a_0 .. a_L, of which the last is 1.
+        halves: Row losses `(..., rows)` of fine 0, fine 1, coarse 1, fine 2, coarse 2, ...
+        weights: a_0 .. a_L, of which the last is 1, shape `(..., L + 1)`.
 
     Returns:
-        The multilevel estimate of the finest level's mean loss, a scalar.
+        The multilevel estimate of the finest level's mean loss, shape `(...)`.
 
     References:
         | Multilevel neural simulation-based inference (Hikida et al., 2025)
@@ -117,10 +117,11 @@ def telescope(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         >>> telescope([low, high, low_twin], [1.0, 1.0])
         tensor(3.)
     """
-    loss = weights[0] * halves[0].mean()
-    for level in range(1, len(weights)):
+    a = torch.as_tensor(weights, dtype=halves[0].dtype, device=halves[0].device)
+    loss = a[..., 0] * halves[0].mean(-1)
+    for level in range(1, a.shape[-1]):
         fine, coarse = halves[2 * level - 1], halves[2 * level]
-        loss = loss + weights[level] * fine.mean() - weights[level - 1] * coarse.mean()
+        loss = loss + a[..., level] * fine.mean(-1) - a[..., level - 1] * coarse.mean(-1)
     return loss
 
 

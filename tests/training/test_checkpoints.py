@@ -445,3 +445,30 @@ def test_addresses_do_not_tell_trainings_apart(tmp_path):
 
     for _ in range(2):
         train(make_members(builder=MIXTURE, embedding=embedding), checkpoint=Checkpoint(tmp_path / "here"))
+
+
+def test_masks_of_another_kind_of_device_are_refused(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(self):
+        raise Stop
+
+    def call():
+        return train(make_members(builder=DROPPING), checkpoint=Checkpoint(tmp_path / "here", every=0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_check_start", lambda self: (setattr(self, "_identity", self._fingerprint()),
+                                                               self._save(0.0), stop(self)))
+        with pytest.raises(Stop):
+            call()
+    found = Checkpoint(tmp_path / "here")
+    file = tmp_path / "here.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        told = json.loads(opened.metadata()["training"])
+    found.write(tensors, {**told, "device": "cuda"})
+    with pytest.raises(CheckpointError, match="is of a training on cuda, where the masks"):
+        call()
+    found.write(tensors, told)
+    assert len(call()[0].epochs) == 5
