@@ -488,7 +488,8 @@ class _Run:
         self.checkpoint.write(
             {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()},
             {"fingerprint": self._identity, "device": self.device.type, "epoch": self.epoch,
-             "steps": self.descent.done, "running": self.running, "seconds": seconds, "histories": [asdict(history) for history in self.histories]},
+             "steps": self.descent.done, "running": self.running, "seconds": seconds,
+             "histories": [asdict(history) for history in self.histories]},
         )
 
 
