@@ -40,7 +40,7 @@ ORDER = {
                   "importance", "mcmc_posterior",
                   "likelihoods", "saving", "estimator", "npe", "nle", "loading"],
     "diagnostics": ["arrays", "metrics", "calibration", "tarp", "two_sample", "predictive"],
-    "tasks": ["task", "ou", "camels", "g_and_k", "toggle_switch", "registry"],
+    "tasks": ["task", "quadrature", "ou", "camels", "g_and_k", "toggle_switch", "ou2", "registry"],
     "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior",
               "failures"],
     "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from numpy.polynomial.legendre import leggauss
 from torch import Generator, Tensor
 
 from mlsbi.levels import Level, LevelStack
 from mlsbi.priors import BoxPrior
+from mlsbi.tasks.quadrature import draw_piecewise, draw_truncated, edges_halved, legendre, log_mass
 from mlsbi.tasks.task import Task
 
 __all__ = ["OUPosterior", "build", "euler", "noise", "stationary"]
@@ -134,7 +134,7 @@ class OUPosterior:
     def log_evidence(self, x: Tensor) -> Tensor:
         """Log of the likelihood's mean over the prior `(n,)` at each observation of x `(n, 5)`, float64."""
         x = _observations(x)
-        unit, weight = _legendre(self.nodes)
+        unit, weight = legendre(self.nodes)
         parts = []
         for rows in x.split(max(1, _BATCH // (self.nodes**2 * (_MU_NODES if self._infers_start else 1)))):
             low, width = self._box(rows)
@@ -180,21 +180,21 @@ class OUPosterior:
         sigma_grid = log_first.exp() * (1 + log_width.expm1() * unit)
         table = torch.cat([self._log_marginal(x[0], rows[:, None], sigma_grid) for rows in gamma_grid.split(32)])
         # Half weight at the edges: the integral of a piecewise linear function.
-        row, gamma = _draw(_edges_halved(table).logsumexp(1).expand(n, -1), gamma_grid.expand(n, -1), generator)
-        _, sigma = _draw(table[row], sigma_grid.expand(n, -1), generator)
+        row, gamma = draw_piecewise(edges_halved(table).logsumexp(1).expand(n, -1), gamma_grid.expand(n, -1), generator)
+        _, sigma = draw_piecewise(table[row], sigma_grid.expand(n, -1), generator)
         mean, sd, _ = self._mu_given(x[0], gamma, sigma)
         low, high = self._interval(1)
         if not self._infers_start:
-            mu = _draw_truncated(mean, sd, low, high, generator)
+            mu = draw_truncated(mean, sd, low, high, generator)
             draws = torch.stack([gamma, mu, sigma], 1)
         else:
             lower, upper = _six_sigma(mean, sd, low, high)
             grid = lower[:, None] + (upper - lower)[:, None] * unit
             log_density = -(((grid - mean[:, None]) / sd[:, None]) ** 2) / 2
             log_density += self._log_start_mass(x[0], gamma[:, None], grid, sigma[:, None])
-            _, mu = _draw(log_density, grid, generator)
+            _, mu = draw_piecewise(log_density, grid, generator)
             start, start_sd = self._start_given(x[0], gamma, mu, sigma)
-            draws = torch.stack([gamma, mu, sigma, _draw_truncated(start, start_sd, *self._interval(3), generator)], 1)
+            draws = torch.stack([gamma, mu, sigma, draw_truncated(start, start_sd, *self._interval(3), generator)], 1)
         # A draw rounded to the prior's dtype may step over an edge by one unit in the last place.
         return torch.minimum(torch.maximum(draws.to(self.prior.low.dtype), self.prior.low), self.prior.high)
 
@@ -230,9 +230,9 @@ class OUPosterior:
         mean, sd, log_peak = self._mu_given(x, gamma, sigma)
         low, high = self._interval(1)
         if not self._infers_start:
-            return log_peak + sd.log() + math.log(2 * math.pi) / 2 + _log_mass(low, high, mean, sd)
+            return log_peak + sd.log() + math.log(2 * math.pi) / 2 + log_mass(low, high, mean, sd)
         lower, upper = _six_sigma(mean, sd, low, high)
-        unit, weight = _legendre(_MU_NODES)
+        unit, weight = legendre(_MU_NODES)
         mu = lower[..., None] + (upper - lower)[..., None] * unit
         log_density = -(((mu - mean[..., None]) / sd[..., None]) ** 2) / 2 + weight.log()
         log_density += self._log_start_mass(x[..., None, :], gamma[..., None], mu, sigma[..., None])
@@ -263,7 +263,7 @@ class OUPosterior:
     def _log_start_mass(self, x: Tensor, gamma: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         """Log of the first point's density integrated over X_0 in its prior interval."""
         mean, sd = self._start_given(x, gamma, mu, sigma)
-        return _log_mass(*self._interval(3), mean, sd) - (1 - gamma * STEP).log()
+        return log_mass(*self._interval(3), mean, sd) - (1 - gamma * STEP).log()
 
 
 def _likelihood(posterior: OUPosterior, x: Tensor, theta: Tensor) -> Tensor:
@@ -284,62 +284,7 @@ def _transitions(gamma: Tensor) -> tuple[Tensor, Tensor]:
     return weight, STEP * (1 - weight**2) / (1 - decay**2)
 
 
-def _legendre(nodes: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, 1]."""
-    unit, weight = (torch.from_numpy(values) for values in leggauss(nodes))
-    return (unit + 1) / 2, weight / 2
-
-
 def _six_sigma(mean: Tensor, sd: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """The part of [low, high] within six sd of the mean, or of the edge that is nearest to it."""
     centre = mean.clamp(low, high)
     return (centre - 6 * sd).clamp(min=low), (centre + 6 * sd).clamp(max=high)
-
-
-def _to_lower_tail(low: float, high: float, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The standardised interval, mirrored into the lower tail, where normal probabilities keep their digits."""
-    a, b = (low - mean) / sd, (high - mean) / sd
-    mirrored = a + b > 0
-    return torch.where(mirrored, -b, a), torch.where(mirrored, -a, b), mirrored
-
-
-def _log_mass(low: float, high: float, mean: Tensor, sd: Tensor) -> Tensor:
-    """Log probability of [low, high] under a normal, also far in its tails."""
-    a, b, _ = _to_lower_tail(low, high, mean, sd)
-    log_b = torch.special.log_ndtr(b)
-    return log_b + torch.log1p(-torch.exp(torch.special.log_ndtr(a) - log_b))
-
-
-def _draw_truncated(mean: Tensor, sd: Tensor, low: float, high: float, generator: Generator) -> Tensor:
-    """One draw each of normals truncated to [low, high]."""
-    a, b, mirrored = _to_lower_tail(low, high, mean, sd)
-    uniform = torch.rand(mean.shape, generator=generator, dtype=mean.dtype)
-    below = torch.special.ndtr(a)
-    z = torch.special.ndtri(below + uniform * (torch.special.ndtr(b) - below))
-    return (mean + sd * torch.where(mirrored, -z, z)).clamp(low, high)
-
-
-def _edges_halved(log_density: Tensor) -> Tensor:
-    halved = log_density.clone()
-    halved[..., [0, -1]] -= math.log(2)
-    return halved
-
-
-def _draw(log_density: Tensor, grid: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Draws from densities that are linear between the points of even grids, all `(n, K)`.
-
-    Such a density is a mixture of triangles, one around each grid point and half of one at each edge.
-
-    Returns:
-        The triangle drawn from, and the draw, each `(n,)`.
-    """
-    log_weight = _edges_halved(log_density)
-    cumulative = torch.softmax(log_weight, -1).cumsum(-1)
-    uniform = torch.rand(len(grid), 1, generator=generator, dtype=grid.dtype) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, uniform, right=True).clamp(max=grid.shape[1] - 1)[:, 0]
-    offset = torch.rand(len(grid), generator=generator, dtype=grid.dtype)
-    offset += torch.rand(len(grid), generator=generator, dtype=grid.dtype) - 1  # a triangle on (-1, 1)
-    offset = torch.where(index == 0, offset.abs(), offset)
-    offset = torch.where(index == grid.shape[1] - 1, -offset.abs(), offset)
-    rows = torch.arange(len(grid))
-    return index, grid[rows, index] + offset * (grid[:, 1] - grid[:, 0])

@@ -16,6 +16,7 @@ _MODULES = {
     "camels": "mlsbi.tasks.camels",
     "g_and_k": "mlsbi.tasks.g_and_k",
     "toggle_switch": "mlsbi.tasks.toggle_switch",
+    "ou2": "mlsbi.tasks.ou2",
 }
 
 
