@@ -1,49 +1,42 @@
-r"""Says in plain words what an allocation hides: useless levels, active bounds, better subsets, plain Monte Carlo."""
+r"""Says in plain words what an allocation hides: useless levels, active bounds, better subsets and weights."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from mlsbi.allocation.goals import BudgetGoal, Goal
-from mlsbi.allocation.problem import Array, Problem
+from mlsbi.allocation.arrays import Array
+from mlsbi.allocation.goals import BudgetGoal, Goal, TargetGoal
+from mlsbi.allocation.problem import Problem
+from mlsbi.allocation.solution import Solution
 
 __all__ = ["best_subset", "give_advice"]
 
+_WORTH_SAYING = 0.01  # relative gain
+
 
 def give_advice(
-    problem: Problem,
-    goal: Goal,
-    n: Array,
-    variance: Array,
-    outputs: Array,
-    speedup: Array | None,
-    cost: float,
-    minimum: Array,
+    problem: Problem, found: Solution, speedup: Array | None, minimum: Array
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     r"""Puts the active bounds and the advice into words.
 
     Args:
         problem: The numbers that were allocated.
-        goal: What was minimised.
-        n: The sizes found, shape `(L + 1,)`.
-        variance: Their predicted variances, shape `(K,)`.
-        outputs: Weight of each output, shape `(K,)`.
+        found: The sizes found.
         speedup: Against plain Monte Carlo, shape `(K,)`, or `None`.
-        cost: Total cost of `n`.
         minimum: Least rows as the user gave them, shape `(L + 1,)`.
 
     Returns:
         Active bounds, and sentences.
     """
-    below, above = _active(goal)
+    below, above = _active(found.goal)
     bound = {
         **{i: "minimum" if minimum[i] >= problem.rows[i] else "rows already there" for i in below},
         **dict.fromkeys(above, "maximum"),
     }
-    words = {i: f"{bound[i]} on {_place(problem, i)}" for i in sorted(bound)}
-    sentences = [*_useless(problem, goal, n), *_bounded(goal, words), *_subsets(problem, outputs)]
-    sentences += _against_plain(problem, variance, speedup)
-    sentences.append(_doubled(problem, goal, n, variance, cost))
+    words = {i: f"{bound[i]} on {problem.place(i)}" for i in sorted(bound)}
+    sentences = [*_useless(problem, found), *_bounded(found, words), *_subsets(problem, found)]
+    sentences += _gained(problem, found) if found.weighted else _possible(problem, found)
+    sentences += [*_against_plain(problem, found, speedup), *_unreached(problem, found), _doubled(problem, found)]
     return tuple(words.values()), tuple(sentences)
 
 
@@ -75,11 +68,6 @@ def best_subset(problem: Problem, outputs: Array) -> tuple[tuple[int, ...], floa
     return paths[-1][1], paths[-1][0] ** 2, whole**2
 
 
-def _place(problem: Problem, level: int) -> str:
-    name = problem.names[level]
-    return f"level {level}" if name == str(level) else f"level {level} ({name})"
-
-
 def _active(goal: Goal) -> tuple[list[int], list[int]]:
     r"""Levels that the unbounded solution at the same water level would put below, and above, their bounds."""
     free = goal.water_level(goal.lower, goal.upper) * goal.rates
@@ -88,71 +76,124 @@ def _active(goal: Goal) -> tuple[list[int], list[int]]:
     return np.flatnonzero(below).tolist(), np.flatnonzero(above).tolist()
 
 
-def _useless(problem: Problem, goal: Goal, n: Array) -> list[str]:
+def _useless(problem: Problem, found: Solution) -> list[str]:
     sentences = []
     for i in np.flatnonzero((problem.variances == 0).all(axis=0)).tolist():
         if i == 0:
             advice = "its output never varies, so it could be left out of the stack"
         else:
             advice = f"it agrees exactly with level {i - 1}, so one of the two could be left out of the stack"
-        place = _place(problem, i)
-        sentences.append(f"The correction of {place} has zero variance and gets {n[i]:.0f} rows: {advice}.")
-    if len(problem.variances) > 1 and isinstance(goal, BudgetGoal):
+        place = problem.place(i)
+        sentences.append(f"The correction of {place} has zero variance and gets {found.n[i]:.0f} rows: {advice}.")
+    if len(problem.variances) > 1 and isinstance(found.goal, BudgetGoal):
         for k in np.flatnonzero(problem.variances[:, 0] == 0).tolist():
             scale = "is left out of the sum" if not problem.variances[k].any() else "is taken relative to its largest"
             sentences.append(f"Output {k} has zero variance on level 0: its variance {scale}.")
     return sentences
 
 
-def _bounded(goal: Goal, words: dict[int, str]) -> list[str]:
+def _bounded(found: Solution, words: dict[int, str]) -> list[str]:
+    goal = found.goal
     held = [words[i] for i in words if goal.weights[i] > 0]
     if not held:
         return []
     sentence = "Active bounds: " + ", ".join(held)
     if isinstance(goal, BudgetGoal):
         free = float(np.sqrt(goal.weights * goal.costs).sum()) ** 2 / goal.limit
-        found = float((goal.weights / goal.continuous()).sum())
-        sentence += f"; without them the variance would be {1 - free / found:.2%} lower"
+        reached = float((goal.weights / goal.continuous()).sum())
+        same = ", with the same control-variate weights," if found.weighted else ""
+        sentence += f"; without them{same} the variance would be {1 - free / reached:.2%} lower"
     return [sentence + "."]
 
 
-def _subsets(problem: Problem, outputs: Array) -> list[str]:
+def _subsets(problem: Problem, found: Solution) -> list[str]:
     if problem.covariance is None or len(problem.names) == 1:
         return []
     if problem.costs is None:
         return ["Pass costs beside pair_costs to compare subsets of the levels."]
-    subset, best, whole = best_subset(problem, outputs)
+    goal = found.goal
+    subset, best, whole = best_subset(problem, goal.outputs)
+    unit = ""
+    if found.weighted:
+        whole, unit = float(np.sqrt(goal.weights * goal.costs).sum()) ** 2, " at unit weights"
     if len(subset) == len(problem.names) or best >= whole:
-        return ["No subset of the levels beats all of them together."]
-    kept = ", ".join(_place(problem, i) for i in subset)
+        return [f"No subset of the levels{unit} beats all of them together."]
+    kept = ", ".join(problem.place(i) for i in subset)
     return [
-        f"The best subset of the levels is {kept}: S^2 = {best:.6g}, not {whole:.6g}, "
+        f"The best subset of the levels{unit} is {kept}: S^2 = {best:.6g}, not {whole:.6g}, "
         f"so {1 - best / whole:.1%} less variance at the same cost."
     ]
 
 
-def _against_plain(problem: Problem, variance: Array, speedup: Array | None) -> list[str]:
+def _possible(problem: Problem, found: Solution) -> list[str]:
+    r"""What control-variate weights would gain on the same rows, where it is worth saying."""
+    if found.weights is None or found.weighted_variance is None:
+        return []
+    sentences = []
+    for k, (weights, variance) in enumerate(zip(found.weights, found.weighted_variance, strict=True)):
+        if variance < found.variance[k] * (1 - _WORTH_SAYING):
+            where = f" for output {k}" if problem.several else ""
+            sentences.append(
+                f"With control-variate weights a = {_listed(weights)} the same rows would reach variance "
+                f"{variance:.6g}{where}, {1 - variance / found.variance[k]:.1%} less."
+            )
+    return sentences
+
+
+def _gained(problem: Problem, found: Solution) -> list[str]:
+    r"""What control-variate weights, and sizes that suit them, gain."""
+    weights = "Control-variate weights"
+    if found.weights is not None and not problem.several:
+        weights += f" a = {_listed(found.weights[0])}"
+    if found.unit is None:
+        return [f"{weights} reach the target variance; unit weights do not, within the maximum."]
+    if isinstance(found.goal, TargetGoal):
+        return [f"{weights} cost {1 - found.cost / found.unit.cost:.1%} less than unit weights for the same target."]
+    if found.unit.combined == 0:
+        return []
+    less = f"{1 - found.combined / found.unit.combined:.1%} less variance"
+    over = " over all outputs" if problem.several else ""
+    return [f"{weights} reach {less}{over} than unit weights at the same budget."]
+
+
+def _listed(weights: Array) -> str:
+    return "(" + ", ".join(f"{weight:.3g}" for weight in weights) + ")"
+
+
+def _unreached(problem: Problem, found: Solution) -> list[str]:
+    if problem.draws is None or not found.unreached:
+        return []
+    return [
+        f"No interval of the sizes: in {found.unreached} of {len(problem.draws)} bootstrap draws the maximum keeps the "
+        "target out of reach."
+    ]
+
+
+def _against_plain(problem: Problem, found: Solution, speedup: Array | None) -> list[str]:
     if speedup is None:
         return []
     sentences = []
-    finest = _place(problem, len(problem.names) - 1)
+    finest = problem.place(len(problem.names) - 1)
     for k in np.flatnonzero(speedup < 1).tolist():
         where = f" for output {k}" if problem.several else ""
         sentences.append(
             f"Plain Monte Carlo on {finest} alone beats this stack{where}: "
-            f"for the same cost its variance is {speedup[k] * variance[k]:.6g}, not {variance[k]:.6g}."
+            f"for the same cost its variance is {speedup[k] * found.variance[k]:.6g}, not {found.variance[k]:.6g}."
         )
     return sentences
 
 
-def _doubled(problem: Problem, goal: Goal, n: Array, variance: Array, cost: float) -> str:
-    past = cost - float(n @ goal.costs)  # spent on runs that left no rows
+def _doubled(problem: Problem, found: Solution) -> str:
+    goal, cost = found.goal, found.cost
+    past = cost - float(found.n @ goal.costs)  # spent on runs that left no rows
     what, total = ("budget", 2 * (goal.limit + past)) if isinstance(goal, BudgetGoal) else ("cost", 2 * cost)
-    larger = BudgetGoal(goal.costs, goal.weights, goal.lower, goal.upper, total - past)
-    now = float((goal.weights / n).sum())
+    larger = BudgetGoal(goal.costs, goal.variances, goal.outputs, goal.lower, goal.upper, total - past)
+    now = found.combined
     then = float((goal.weights / larger.continuous()).sum())
     sentence = f"Doubling the {what} to {total:.6g} would"
     if then >= now:
         return f"{sentence} change nothing: bounds or zero variances hold every level."
     sentence += f" multiply the variance by {then / now:.4g}"
-    return f"{sentence}, over all outputs." if problem.several else f"{sentence}, to {variance[0] * then / now:.6g}."
+    if problem.several:
+        return f"{sentence}, over all outputs."
+    return f"{sentence}, to {found.variance[0] * then / now:.6g}."

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BudgetGoal", "Goal", "TargetGoal", "target_multipliers"]
+from mlsbi.allocation.arrays import Array
+from mlsbi.allocation.water import budget_water, find_sizes, target_water
 
-Array = NDArray[np.float64]
+__all__ = ["BudgetGoal", "Goal", "TargetGoal", "target_multipliers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,22 +20,30 @@ class Goal(ABC):
     r"""What sizes minimise and what they must respect, within `lower <= n <= upper`.
 
     Both goals have the continuous solution `clip(water * sqrt(weights / costs))`
-    for one number, the water level. A subclass implements `water_level`,
-    `feasible`, `safe`, `fill`, `scores` and `surplus`.
+    for one number, the water level, with `weights` the variances of all outputs
+    combined into one. A subclass implements `water_level`,
+    `continuous_of`, `feasible`, `safe`, `fill`, `scores` and `surplus`.
 
     Args:
         costs: Cost of one sample, shape `(L + 1,)`.
-        weights: Variances combined into one, shape `(L + 1,)`.
+        variances: Variances of the corrections of K outputs, shape `(K, L + 1)`.
+        outputs: Weight of each output in what is minimised, shape `(K,)`.
         lower: Least sizes, whole numbers of at least 1, shape `(L + 1,)`.
         upper: Largest sizes, whole numbers or infinity, shape `(L + 1,)`.
     """
 
     costs: Array
-    weights: Array
+    variances: Array
+    outputs: Array
     lower: Array
     upper: Array
 
-    @property
+    @cached_property
+    def weights(self) -> Array:
+        r"""Variances combined into one, shape `(L + 1,)`."""
+        return self.outputs @ self.variances
+
+    @cached_property
     def rates(self) -> Array:
         r"""Relative sizes of the unbounded solution, shape `(L + 1,)`."""
         return np.sqrt(self.weights / self.costs)
@@ -49,7 +59,7 @@ class Goal(ABC):
 
     def sizes(self, water: float, lower: Array, upper: Array) -> Array:
         r"""Continuous sizes at a water level, shape `(L + 1,)`."""
-        return np.clip(water * self.rates, lower, upper)
+        return find_sizes(np.asarray(water), self.rates, lower, upper)
 
     def continuous(self) -> Array:
         r"""Best sizes when fractions are allowed, shape `(L + 1,)`."""
@@ -57,18 +67,16 @@ class Goal(ABC):
 
     def ordered(self, order: NDArray[np.intp]) -> Goal:
         r"""The same goal with its levels in another order."""
-        names = ("costs", "weights", "lower", "upper", "variances")
-        return replace(self, **{name: getattr(self, name)[..., order] for name in names if hasattr(self, name)})
-
-    def marks(self, lower: Array, upper: Array) -> Array:
-        r"""Water levels at which a size meets or leaves a bound, ascending, shape `(marks,)`."""
-        moving = self.rates > 0
-        both = np.concatenate([lower[moving] / self.rates[moving], upper[moving] / self.rates[moving]])
-        return np.sort(both[np.isfinite(both)])
+        names = ("costs", "variances", "lower", "upper")
+        return replace(self, **{name: getattr(self, name)[..., order] for name in names})
 
     @abstractmethod
     def water_level(self, lower: Array, upper: Array) -> float:
         r"""Water level of the continuous solution within the given bounds."""
+
+    @abstractmethod
+    def continuous_of(self, variances: Array) -> Array:
+        r"""Best continuous sizes for other variances of the one output, `(m, L + 1)` each; NaN where there are none."""
 
     @abstractmethod
     def feasible(self, lower: Array, upper: Array) -> bool:
@@ -99,25 +107,13 @@ class BudgetGoal(Goal):
 
     def water_level(self, lower: Array, upper: Array) -> float:
         r"""The level at which the sizes cost the limit."""
-        marks = self.marks(lower, upper)
-        if not marks.size:
-            return 1.0  # no level has any variance: every size is its lower bound
-        spent = self.sizes_at(marks, lower, upper) @ self.costs  # (marks,), ascending
-        i = int(np.searchsorted(spent, self.limit, side="right"))
-        if i == 0:
-            return float(marks[0])
-        inside = _between(marks, i)
-        n = self.sizes(inside, lower, upper)
-        free = (n > lower) & (n < upper)
-        slope = float(self.costs[free] @ self.rates[free])
-        if slope == 0:
-            return inside  # every size is at its upper bound
-        water = (self.limit - float(self.costs[~free] @ n[~free])) / slope
-        return max(water, float(marks[i - 1]))
+        return float(budget_water(self.costs, self.rates[None], lower, upper, self.limit)[0])
 
-    def sizes_at(self, marks: Array, lower: Array, upper: Array) -> Array:
-        r"""Continuous sizes at several water levels, `(marks,)` to `(marks, L + 1)`."""
-        return np.clip(marks[:, None] * self.rates, lower, upper)
+    def continuous_of(self, variances: Array) -> Array:
+        r"""Each at its own water level."""
+        rates = np.sqrt(variances / self.costs)
+        water = budget_water(self.costs, rates, self.lower, self.upper, self.limit)
+        return find_sizes(water, rates, self.lower, self.upper)
 
     def feasible(self, lower: Array, upper: Array) -> bool:
         r"""Whether the least sizes are within the limit."""
@@ -146,42 +142,32 @@ class BudgetGoal(Goal):
 
 @dataclass(frozen=True, eq=False)
 class TargetGoal(Goal):
-    r"""Least cost for variances of at most `targets`; `weights` is `multipliers @ variances`."""
+    r"""Least cost for variances of at most `targets`, shape `(K,)`; `outputs` are their multipliers."""
 
-    variances: Array  # (outputs, L + 1)
-    targets: Array  # (outputs,)
-    multipliers: Array  # (outputs,)
+    targets: Array
 
     def water_level(self, lower: Array, upper: Array) -> float:
         r"""The lowest level at which all targets are met."""
-        marks = self.marks(lower, upper)
-        if not marks.size:
-            return 1.0
-        n = np.clip(marks[:, None] * self.rates, lower, upper)
-        reached = (1 / n) @ self.variances.T  # (marks, outputs), descending
-        missed = (reached > self.targets).sum(axis=0)
-        waters = [self._output_water(k, int(i), marks, lower, upper) for k, i in enumerate(missed)]
-        return max(waters)
+        rates = np.broadcast_to(self.rates, self.variances.shape)
+        return float(target_water(self.variances, self.targets, rates, lower, upper).max())
 
-    def _output_water(self, output: int, missed: int, marks: Array, lower: Array, upper: Array) -> float:
-        if missed == 0:
-            return float(marks[0])
-        inside = _between(marks, missed)
-        n = self.sizes(inside, lower, upper)
-        free = (n > lower) & (n < upper)
-        variances = self.variances[output]
-        slope = float((variances[free] / self.rates[free]).sum())
-        room = float(self.targets[output] - (variances[~free] / n[~free]).sum())
-        if slope == 0 or room <= 0:
-            return float(marks[min(missed, marks.size - 1)])  # rounding: the target is met at a mark
-        return max(slope / room, float(marks[missed - 1]))
+    def continuous_of(self, variances: Array) -> Array:
+        r"""Each at its own water level."""
+        rates = np.sqrt(variances / self.costs)
+        targets = np.broadcast_to(self.targets, len(variances))
+        water = target_water(variances, targets, rates, self.lower, self.upper)
+        sizes = find_sizes(water, rates, self.lower, self.upper)
+        return np.where(self._meets(variances, self.upper)[:, None], sizes, np.nan)
 
     def feasible(self, lower: Array, upper: Array) -> bool:
         r"""Whether the largest sizes meet all targets."""
-        reached = (self.variances / upper).sum(axis=1)
-        attained = np.isfinite(upper[self.weights > 0]).all()
-        limit = self.targets * (1 + self.tolerance)
-        return bool((reached <= limit).all() if attained else (reached < self.targets).all())
+        return bool(self._meets(self.variances, upper).all())
+
+    def _meets(self, variances: Array, upper: Array) -> NDArray[np.bool_]:
+        r"""Which of several variances, `(m, L + 1)`, some sizes up to `upper` bring to their target, `(m,)`."""
+        reached = (variances / upper).sum(axis=1)
+        attained = (np.isfinite(upper) | (variances == 0)).all(axis=1)
+        return (reached < self.targets) | (attained & (reached <= self.targets * (1 + self.tolerance)))
 
     def safe(self, n: Array) -> Array:
         r"""Rounds up."""
@@ -205,12 +191,7 @@ class TargetGoal(Goal):
 
     def surplus(self, n: Array, water: float) -> float:
         r"""Feasible sizes have at most the targets' variances."""
-        return float(n @ self.costs + water**2 * (self.multipliers @ self.targets))
-
-
-def _between(marks: Array, i: int) -> float:
-    r"""A water level after mark `i - 1` and before mark `i`."""
-    return float(2 * marks[-1] if i == marks.size else (marks[i - 1] + marks[i]) / 2)
+        return float(n @ self.costs + water**2 * (self.outputs @ self.targets))
 
 
 def target_multipliers(costs: Array, variances: Array, targets: Array, lower: Array, upper: Array) -> Array:
@@ -220,6 +201,7 @@ def target_multipliers(costs: Array, variances: Array, targets: Array, lower: Ar
     :math:`\sum_\ell V_{k\ell} / n_\ell \le t_k`, by Chromy's fixed point
     :math:`\kappa_k \leftarrow \kappa_k (\mathrm{Var}_k / t_k)^2`. Any positive
     values keep the sizes found with them feasible; good ones make them cheap.
+    There are none where `upper` keeps a target out of reach: then 1 / t.
 
     Args:
         costs: Shape `(L + 1,)`.
@@ -233,7 +215,7 @@ def target_multipliers(costs: Array, variances: Array, targets: Array, lower: Ar
         | Proceedings of the Survey Research Methods Section, ASA, 194-199
     """
     kappa = 1 / targets
-    if len(targets) == 1:
+    if len(targets) == 1 or ((variances / upper).sum(axis=1) > targets).any():
         return kappa
     for _ in range(300):  # converges linearly; the search over whole numbers mends what is left
         n = np.clip(np.sqrt(kappa @ variances / costs), lower, upper)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mlsbi.allocation.goals import Array, Goal
+from mlsbi.allocation.arrays import Array
+from mlsbi.allocation.goals import Goal
 
 __all__ = ["best_integers"]
 

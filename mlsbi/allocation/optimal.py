@@ -3,15 +3,16 @@ r"""Splits a budget over levels, or meets a target variance, at the least varian
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mlsbi.allocation.advising import give_advice
-from mlsbi.allocation.goals import BudgetGoal, Goal, TargetGoal, target_multipliers
-from mlsbi.allocation.integers import best_integers
-from mlsbi.allocation.problem import Array, Problem, Report, read_bounds, read_budget, read_problem, read_targets
+from mlsbi.allocation.arrays import Array
+from mlsbi.allocation.limits import read_bounds
+from mlsbi.allocation.problem import Problem, Report, read_problem
+from mlsbi.allocation.solution import solve
 
 __all__ = ["Allocation", "optimal_allocation"]
 
@@ -20,14 +21,16 @@ __all__ = ["Allocation", "optimal_allocation"]
 class Allocation:
     r"""How many rows of each level's term to run, and what they buy; `print` it as a table.
 
-    With several outputs `variance`, `single_level_variance` and `speedup` are
-    tuples, one entry an output, and `variances` a tuple of tuples.
+    With several outputs `variance`, `weighted_variance`, `single_level_variance`
+    and `speedup` are tuples, one entry an output, and `variances` and `weights`
+    tuples of tuples.
 
     Args:
         n: Rows per level, those that exist already included.
         continuous: The solution within the bounds before it was rounded.
         cost: Cost of `n`, in the unit of the costs; with a report, everything the pilot spent included.
-        variance: Predicted variance of the multilevel estimator with `n` rows.
+        variance: Predicted variance of the multilevel estimator with `n` rows; with `weights="optimal"`, of the
+            weighted one.
         unspent: What is left of the budget; 0 where a target was given.
         single_level_variance: Var f^L; `None` if unknown.
         speedup: `single_level_variance * C_L / (variance * sum(n * pair_costs))`: how many times larger the variance
@@ -37,10 +40,17 @@ class Allocation:
         advice: Sentences worth reading before spending anything.
         names: Level names.
         pair_costs: Cost of one row of each level's term.
-        variances: Variance of each level's correction.
+        variances: Variance of each level's correction; with `weights="optimal"`, of the weighted one,
+            Var(a_l f^l - a_{l-1} f^{l-1}).
         shares: Each level's part of the predicted variance, between 0 and 1; the mean over outputs.
         rows: Rows per level that exist already.
         overhead: Cost of past runs that left none of `rows` behind, as the lower levels of a pilot.
+        weights: The control-variate weights a_0..a_L (the last is 1) of least variance for `n`, whether the sizes were
+            chosen for them or not; `None` without a covariance.
+        weighted_variance: The variance that they reach with `n`.
+        interval: From where to where `continuous` goes as the pilot's variances are drawn anew by bootstrap: 5% and
+            95% quantiles per level, rounded. `None` without such draws, where some of them keep a target out of
+            reach, or with `weights="optimal"`, whose variances need more than the draws tell.
     """
 
     n: tuple[int, ...]
@@ -58,6 +68,9 @@ class Allocation:
     shares: tuple[float, ...]
     rows: tuple[int, ...]
     overhead: float
+    weights: tuple[float, ...] | tuple[tuple[float, ...], ...] | None
+    weighted_variance: float | tuple[float, ...] | None
+    interval: tuple[tuple[int, int], ...] | None
 
     @property
     def level_costs(self) -> tuple[float, ...]:
@@ -72,12 +85,14 @@ class Allocation:
         r"""A table with a line per level, the totals, then the advice."""
         outputs = np.atleast_2d(np.asarray(self.variances))
         several = isinstance(self.variance, tuple)
-        heads = ["level", "name", "n", "cost/row", "cost"]
+        heads = ["level", "name", "n", *(["90% interval"] if self.interval else []), "cost/row", "cost"]
         heads += [f"variance[{k}]" for k in range(len(outputs))][:4] if several else ["variance"]
         table = [[*heads, "share"]]
         for i, name in enumerate(self.names):
+            between = [f"{self.interval[i][0]}-{self.interval[i][1]}"] if self.interval else []
             numbers = [self.pair_costs[i], self.level_costs[i], *outputs[:4, i]]
-            table.append([str(i), name, str(self.n[i]), *(f"{v:.6g}" for v in numbers), f"{self.shares[i]:.1%}"])
+            cells = [str(i), name, str(self.n[i]), *between, *(f"{v:.6g}" for v in numbers), f"{self.shares[i]:.1%}"]
+            table.append(cells)
         if self.names == tuple(str(i) for i in range(len(self.names))):
             table = [[row[0], *row[2:]] for row in table]
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
@@ -108,6 +123,7 @@ def optimal_allocation(
     spent: ArrayLike | None = None,
     single_level_variance: ArrayLike | None = None,
     covariance: ArrayLike | None = None,
+    weights: Literal["unit", "optimal"] = "unit",
 ) -> Allocation:
     r"""Splits a budget over levels, or meets a target variance, as cheaply as possible.
 
@@ -138,7 +154,12 @@ def optimal_allocation(
         spent: Rows that exist already and count in `n`; one number or one per level.
         single_level_variance: Var f^L, for the comparison with plain Monte Carlo; one number, or one per output.
         covariance: Covariance of f^0..f^L, shape `(L + 1, L + 1)`, or `(outputs, L + 1, L + 1)`: gives Var f^L and
-            compares subsets of the levels.
+            compares subsets of the levels and control-variate weights. It must agree with the variances: measure both
+            on the same rows.
+        weights: `"unit"` for the telescoping sum of the levels. `"optimal"` chooses sizes for its weighted form,
+            :math:`\sum_\ell a_\ell \bar f^\ell - a_{\ell-1} \bar f^{\ell-1}` with :math:`a_L = 1`, each output with
+            weights of its own, and needs a covariance. The form is unbiased for weights fixed in advance; rows that
+            measured the covariance and are used again in the sum bias it a little.
 
     Returns:
         An allocation of at least one row per level. With a budget its cost is at most the budget.
@@ -146,7 +167,8 @@ def optimal_allocation(
     Raises:
         ValueError: If not exactly one of `budget` and `target_variance` is given, a variance is negative, a cost not
             positive, anything not finite, shapes disagree, the budget cannot buy the least rows (the message names
-            the smallest that can), or `maximum` keeps the target out of reach (the message names what it allows).
+            the smallest that can), `maximum` keeps the target out of reach (the message names what it allows),
+            variances and covariance contradict each other, or optimal weights are asked for without a covariance.
 
     References:
         | Multilevel Monte Carlo methods (Giles, 2015), section 1.3
@@ -165,65 +187,42 @@ def optimal_allocation(
         cost 16, unspent 0, predicted variance 1, speed-up over high-only 0.75
         - Plain Monte Carlo on level 1 alone beats this stack: for the same cost its variance is 0.75, not 1.
         - Doubling the budget to 32 would multiply the variance by 0.5, to 0.5.
+        >>> joint = [[1.0, 0.5], [0.5, 1.0]]
+        >>> plan = optimal_allocation([1, 1], pair_costs=[4, 4800], budget=14640, covariance=joint, weights="optimal")
+        >>> plan.n, [round(weight, 3) for weight in plan.weights]
+        ((60, 3), [0.476, 1.0])
     """
+    if weights not in ("unit", "optimal"):
+        raise ValueError(f'Expected weights "unit" or "optimal"; got {weights!r}. Pass one of them.')
     problem = read_problem(variances_or_report, costs, pair_costs, spent, single_level_variance, covariance)
     least, lower, upper = read_bounds(minimum, maximum, problem.rows)
-    goal, outputs = _goal(problem, budget, target_variance, lower, upper)
-    continuous, n = goal.continuous(), best_integers(goal)
-    cost, variance = problem.cost(n), (problem.variances / n).sum(axis=1)
-    # What exceeds a limit by rounding alone is the limit: callers may compare without a tolerance.
-    if budget is not None:
-        cost = min(cost, float(budget))
-    if isinstance(goal, TargetGoal):
-        variance = np.minimum(variance, goal.targets)
+    found = solve(problem, lower, upper, budget=budget, target=target_variance, weighted=weights == "optimal")
+    n, variance = found.n, found.variance
     speedup = _speedup(problem, n, variance)
-    binding, advice = give_advice(problem, goal, n, variance, outputs, speedup, cost, least)
-    share = problem.variances / n / np.maximum((problem.variances / n).sum(axis=1, keepdims=True), 1e-300)
+    binding, advice = give_advice(problem, found, speedup, least)
+    parts = found.variances / n
+    share = parts / np.maximum(parts.sum(axis=1, keepdims=True), 1e-300)
+    interval = found.interval
     return Allocation(
         n=tuple(int(v) for v in n),
-        continuous=tuple(continuous.tolist()),
-        cost=cost,
+        continuous=tuple(found.goal.continuous().tolist()),
+        cost=found.cost,
         variance=_each(variance, problem),
-        unspent=0.0 if budget is None else float(budget) - cost,
+        unspent=0.0 if budget is None else float(budget) - found.cost,
         single_level_variance=_each(problem.single_level_variance, problem),
         speedup=_each(speedup, problem),
         binding=binding,
         advice=advice,
         names=problem.names,
         pair_costs=tuple(problem.pair_costs.tolist()),
-        variances=_each(problem.variances, problem),
+        variances=_each(found.variances, problem),
         shares=tuple(share.mean(axis=0).tolist()),
         rows=tuple(int(v) for v in problem.rows),
         overhead=max(problem.sunk - float(problem.rows @ problem.pair_costs), 0.0),
+        weights=_each(found.weights, problem),
+        weighted_variance=_each(found.weighted_variance, problem),
+        interval=None if interval is None else tuple((int(low), int(high)) for low, high in interval.T),
     )
-
-
-def _goal(
-    problem: Problem, budget: float | None, target: ArrayLike | None, lower: Array, upper: Array
-) -> tuple[Goal, Array]:
-    r"""The goal within the bounds, and the weight of each output in it, shape `(K,)`."""
-    costs, variances = problem.pair_costs, problem.variances
-    if budget is not None and target is None:
-        total = read_budget(budget, problem, problem.cost(lower))
-        outputs = _output_weights(problem)
-        # The difference of two sums of costs is off by their rounding: a row that is just affordable stays so.
-        room = 4 * float(np.finfo(np.float64).eps) * problem.sunk
-        limit = total - problem.sunk + room + float(problem.rows @ costs)
-        return BudgetGoal(costs, outputs @ variances, lower, upper, limit), outputs
-    if target is not None and budget is None:
-        targets = read_targets(target, problem, (variances / upper).sum(axis=1))
-        outputs = target_multipliers(costs, variances, targets, lower, upper)
-        return TargetGoal(costs, outputs @ variances, lower, upper, variances, targets, outputs), outputs
-    got = "neither" if budget is None else "both"
-    raise ValueError(f"Expected exactly one of budget and target_variance; got {got}. Pass one of them.")
-
-
-def _output_weights(problem: Problem) -> Array:
-    r"""Weight of each output in the sum that a budget minimises, shape `(K,)`."""
-    if len(problem.variances) == 1:
-        return np.ones(1)
-    scale = np.where(problem.variances[:, 0] > 0, problem.variances[:, 0], problem.variances.max(axis=1))
-    return np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0.0)
 
 
 def _speedup(problem: Problem, n: Array, variance: Array) -> Array | None:

@@ -2,24 +2,29 @@ r"""Turns what a user gives `optimal_allocation`, numbers or a pilot's report, i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-__all__ = ["Problem", "Report", "read_bounds", "read_budget", "read_problem", "read_targets"]
+from mlsbi.allocation.arrays import Array, check_range, read_array, read_counts, read_numbers
 
-Array: TypeAlias = NDArray[np.float64]
+__all__ = ["Problem", "Report", "read_problem"]
+
+# Of Var f^l + Var f^{l-1}, or of the correction if that varies more: room for float32 and for divisors n and n - 1
+# beside each other from 50 rows on. Other rows, other units or correlations in the place of covariances differ by more.
+_AGREEMENT = 0.02
 
 
 class Report(Protocol):
     r"""What a pilot's report tells; `mlsbi.PilotReport` is one.
 
     `spent` is the pilot's total cost, in the unit of `costs`; `data.n` counts
-    the rows per level that it leaves behind.
+    the rows per level that it leaves behind. A report of one output may also
+    have `variance_draws`, bootstrap draws of `variances`, shape `(draws, L + 1)`;
+    one without them, or with `None`, gives no intervals.
     """
 
     @property
@@ -69,6 +74,7 @@ class Problem:
         names: Level names.
         rows: Rows that exist already, shape `(L + 1,)`.
         sunk: Cost of everything that has been run already.
+        draws: Bootstrap draws of the variances of one output, shape `(draws, L + 1)`, or `None`.
     """
 
     variances: Array
@@ -80,6 +86,12 @@ class Problem:
     names: tuple[str, ...]
     rows: Array
     sunk: float
+    draws: Array | None
+
+    def place(self, level: int) -> str:
+        r"""A level's number, and its name if it has one."""
+        name = self.names[level]
+        return f"level {level}" if name == str(level) else f"level {level} ({name})"
 
     def cost(self, n: Array) -> float:
         r"""Total cost of sizes `n`, what has been run already included."""
@@ -119,6 +131,7 @@ def read_problem(
     """
     names: Sequence[str] | None = None
     sunk: float | None = None
+    draws: object = None
     values: object = source
     if hasattr(source, "variances"):
         given = {
@@ -138,8 +151,9 @@ def read_problem(
         values, costs, pair_costs, names = report.variances, report.costs, report.pair_costs, report.names
         single_level_variance, covariance = report.single_level_variance, report.covariance
         spent = None if report.data is None else report.data.n
-        sunk = _numbers("report.spent", report.spent, ()).item()
-    variances = _array("variances", values)
+        sunk = read_numbers("report.spent", report.spent, ()).item()
+        draws = getattr(report, "variance_draws", None)
+    variances = read_array("variances", values)
     if variances.ndim not in (1, 2) or variances.size == 0:
         raise ValueError(
             f"Expected variances of shape (levels,) or (outputs, levels); got {variances.shape}. "
@@ -148,10 +162,10 @@ def read_problem(
     several = variances.ndim == 2
     variances = np.atleast_2d(variances)
     outputs, levels = variances.shape
-    _check("variances", variances, zero=True)
-    own = None if costs is None else _numbers("costs", costs, (levels,), zero=False)
+    check_range("variances", variances, zero=True)
+    own = None if costs is None else read_numbers("costs", costs, (levels,), zero=False)
     if pair_costs is not None:
-        pairs = _numbers("pair_costs", pair_costs, (levels,), zero=False)
+        pairs = read_numbers("pair_costs", pair_costs, (levels,), zero=False)
     elif own is not None:
         pairs = own + np.concatenate([[0.0], own[:-1]])
     else:
@@ -161,20 +175,20 @@ def read_problem(
         )
     if own is None and levels == 1:
         own = pairs
-    rows = np.zeros(levels) if spent is None else _counts("spent", spent, levels, least=0)
+    if covariance is None and levels == 1:
+        covariance = variances[:, :, None] if several else variances
+    rows = np.zeros(levels) if spent is None else read_counts("spent", spent, levels, least=0)
     shape = (outputs,) if several else ()
     joint = None if covariance is None else _covariance(covariance, (*shape, levels, levels))
     single = None
     if single_level_variance is not None:
-        single = np.atleast_1d(_numbers("single_level_variance", single_level_variance, shape))
+        single = np.atleast_1d(read_numbers("single_level_variance", single_level_variance, shape))
     elif joint is not None:
         single = joint[:, -1, -1]
-    elif levels == 1:
-        single = variances[:, 0]
     labels = tuple(str(i) for i in range(levels)) if names is None else tuple(str(name) for name in names)
     if len(labels) != levels:
         raise ValueError(f"Expected {levels} level names, one per variance; got {labels}. Correct report.names.")
-    return Problem(
+    problem = Problem(
         variances=variances,
         several=several,
         pair_costs=pairs,
@@ -184,128 +198,43 @@ def read_problem(
         names=labels,
         rows=rows,
         sunk=float(rows @ pairs) if sunk is None else sunk,
+        draws=None if draws is None else _draws(draws, variances.shape),
     )
+    _check_agreement(problem)
+    return problem
 
 
-def read_bounds(minimum: ArrayLike, maximum: ArrayLike | None, rows: Array) -> tuple[Array, Array, Array]:
-    r"""Reads bounds on sizes; rows that exist are lower bounds too.
-
-    Returns:
-        Minimum as given, lower and upper bound, each of shape `(L + 1,)`; no upper bound is infinity.
-
-    Raises:
-        ValueError: If a minimum is not a whole number of at least 1, or exceeds the maximum.
-    """
-    levels = len(rows)
-    least = _counts("minimum", minimum, levels, least=1)
-    lower = np.maximum(least, rows)
-    if maximum is None:
-        return least, lower, np.full(levels, np.inf)
-    if isinstance(maximum, (list, tuple)):
-        maximum = [math.inf if value is None else value for value in maximum]
-    upper = _counts("maximum", maximum, levels, least=1)
-    for i in range(levels):
-        if lower[i] > upper[i]:
-            what = "the minimum" if least[i] > upper[i] else "the rows that exist already"
-            raise ValueError(
-                f"Expected a maximum on level {i} of at least {what}, {lower[i]:.0f}; got {upper[i]:.0f}. "
-                "Raise the maximum" + (" or lower the minimum." if least[i] > upper[i] else ".")
-            )
-    return least, lower, upper
-
-
-def read_budget(budget: float, problem: Problem, smallest: float) -> float:
-    r"""Reads a budget and refuses one below `smallest`.
-
-    Raises:
-        ValueError: If the budget cannot buy the least sizes; the message names the smallest that can.
-    """
-    value = _numbers("budget", budget, (), zero=False).item()
-    if value < problem.sunk * (1 - 1e-14):  # not for one unit of rounding in a sum of costs
+def _draws(values: object, shape: tuple[int, ...]) -> Array:
+    array = read_array("variance_draws", values)
+    if shape[0] > 1 or array.ndim != 2 or array.shape[1] != shape[1] or not len(array):
         raise ValueError(
-            f"Expected a budget that includes the {problem.sunk!r} already spent; got {value!r}. "
-            f"Raise it to at least {smallest!r}."
+            f"Expected variance_draws of shape (draws, {shape[1]}), for one output; got {array.shape} for {shape[0]}. "
+            "Pass one row of variances per bootstrap draw, or None."
         )
-    if value < smallest * (1 - 1e-14):
-        raise ValueError(
-            f"Expected a budget that buys the minimum of every level; got {value!r}. "
-            f"The smallest feasible budget is {smallest!r}: raise it, or lower minimum."
-        )
-    return value
-
-
-def read_targets(target: ArrayLike, problem: Problem, reachable: Array) -> Array:
-    r"""Reads one target variance, or one per output, and refuses one below `reachable`.
-
-    Returns:
-        Shape `(K,)`.
-
-    Raises:
-        ValueError: If a target is not positive, or the maximum does not allow it.
-    """
-    outputs = len(problem.variances)
-    given = _array("target_variance", target)
-    shape = (outputs,) if problem.several and given.ndim else ()
-    targets = np.broadcast_to(_numbers("target_variance", given, shape, zero=False), (outputs,)).copy()
-    for k in range(outputs):
-        if reachable[k] > targets[k] * (1 + 1e-14):
-            where = f" of output {k}" if problem.several else ""
-            raise ValueError(
-                f"Expected a target variance{where} that maximum allows; got {targets[k].item()!r}. "
-                f"The smallest reachable is {reachable[k].item()!r}: raise it, or raise maximum."
-            )
-    return targets
-
-
-def _array(name: str, values: object) -> Array:
-    try:
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"Expected {name} to be numbers; got {values!r}. Pass a list or an array.") from None
-
-
-def _numbers(name: str, values: object, shape: tuple[int, ...], *, zero: bool = True) -> Array:
-    array = _array(name, values)
-    if array.shape != shape:
-        what = "a single number" if shape == () else f"shape {shape}"
-        raise ValueError(
-            f"Expected {name} of {what} beside these variances; got shape {array.shape}. "
-            "Pass one entry per level, cheapest first, and one row per output if variances have several."
-        )
-    _check(name, array, zero=zero)
+    check_range("variance_draws", array, zero=True)
     return array
 
 
-def _check(name: str, array: Array, *, zero: bool) -> None:
-    bad = ~np.isfinite(array) | ((array < 0) if zero else (array <= 0))
-    if bad.any():
-        place = tuple(int(i) for i in np.argwhere(bad)[0])
-        at = f" at {list(place)}" if place else ""
-        sign = "zero or positive" if zero else "positive"
+def _check_agreement(problem: Problem) -> None:
+    if problem.covariance is None:
+        return
+    own = np.diagonal(problem.covariance, axis1=1, axis2=2)
+    scale, implied = own.copy(), own.copy()
+    scale[:, 1:] += own[:, :-1]
+    implied[:, 1:] += own[:, :-1] - 2 * np.diagonal(problem.covariance, 1, axis1=1, axis2=2)
+    wrong = np.argwhere(np.abs(problem.variances - implied) > _AGREEMENT * np.maximum(scale, implied))
+    if len(wrong):
+        output, level = (int(i) for i in wrong[0])
+        of = f" of output {output}" if problem.several else ""
         raise ValueError(
-            f"Expected {name} to be finite and {sign}; got {array[place].item()!r}{at}. Correct it, or measure again."
+            f"Expected variances and covariance to agree; for {problem.place(level)}{of} the variance is "
+            f"{problem.variances[output, level]:.6g}, and the covariance says {implied[output, level]:.6g}. "
+            "Measure both on the same rows, with the same divisor."
         )
-
-
-def _counts(name: str, values: object, levels: int, *, least: int) -> Array:
-    array = _array(name, values)
-    if array.ndim > 0 and array.shape != (levels,):
-        raise ValueError(
-            f"Expected {name} to be one whole number or {levels}, one per level; got shape {array.shape}. "
-            "Pass as many as there are variances."
-        )
-    allowed = np.isposinf(array) if name == "maximum" else np.zeros(array.shape, dtype=bool)
-    whole = np.isfinite(array) & (array >= least) & (array == np.floor(array))
-    if not (whole | allowed).all():
-        raise ValueError(
-            f"Expected {name} to be whole numbers of at least {least}; got {values!r}. "
-            + ("Every level needs a row: leave a level out of the stack to skip it." if least else "Count the rows.")
-        )
-    return np.broadcast_to(array, (levels,)).copy()
 
 
 def _covariance(values: object, shape: tuple[int, ...]) -> Array:
-    array = _array("covariance", values)
+    array = read_array("covariance", values)
     if array.shape != shape:
         raise ValueError(
             f"Expected covariance of shape {shape}, f^0..f^L by f^0..f^L for each output; got {array.shape}. "

@@ -495,7 +495,7 @@ class TestReport:
     def test_a_large_overhead_does_not_round_a_row_away(self):
         for rows in range(2, 40):
             budget = 1e6 + 0.1 + 0.1 * rows  # off by up to 1e-10, the spacing of float64 at 1e6
-            pilot = report(pair_costs=(0.1, 0.1), data=None, spent=1e6, variances=(1.0, 0.0))
+            pilot = report(pair_costs=(0.1, 0.1), data=None, spent=1e6, variances=(1.0, 0.0), covariance=None)
             assert optimal_allocation(pilot, budget=budget).n == (rows, 1)
 
     def test_without_data_or_covariance(self):
@@ -507,7 +507,9 @@ class TestReport:
 
     def test_several_outputs(self):
         outputs = report(
-            variances=((4.0, 1.0), (1.0, 3.0)), single_level_variance=(4.0, 4.0), covariance=np.stack([np.eye(2)] * 2)
+            variances=((4.0, 1.0), (1.0, 3.0)),
+            single_level_variance=(4.0, 4.0),
+            covariance=(((4.0, 3.5), (3.5, 4.0)), ((1.0, 1.0), (1.0, 4.0))),
         )
         assert len(optimal_allocation(outputs, budget=100).speedup) == 2
 
@@ -522,6 +524,11 @@ class TestReport:
     def test_numbers_beside_a_report_are_refused(self, name):
         with pytest.raises(ValueError, match=f"report alone, which has its own {name}"):
             optimal_allocation(report(), budget=30, **{name: [1.0, 3.0]})
+
+    @pytest.mark.parametrize("spent", [-1.0, math.nan])
+    def test_a_cost_of_the_pilot_that_is_none_is_refused(self, spent):
+        with pytest.raises(ValueError, match=r"report\.spent to be finite and zero or positive"):
+            optimal_allocation(report(spent=spent), budget=30)
 
     def test_a_wrong_number_of_names_is_refused(self):
         with pytest.raises(ValueError, match="Expected 2 level names"):
@@ -543,6 +550,88 @@ class TestSpent:
     def test_rows_beyond_the_budget_are_refused(self):
         with pytest.raises(ValueError, match=r"includes the 40\.0 already spent"):
             optimal_allocation([4.0, 1.0], [1, 3], budget=30, spent=[0, 10])
+
+
+def with_draws(case, draws=60, seed=0, **changes):
+    r"""A report on a case whose variances were drawn again, some of them zero."""
+    rng = np.random.default_rng(seed)
+    variances = np.array(case.variances) * rng.gamma(3, 1 / 3, (draws, len(case.costs)))
+    variances[rng.uniform(size=variances.shape) < 0.02] = 0
+    fields = {"variances": case.variances, "pair_costs": case.costs, "costs": None, "covariance": None, "data": None}
+    fields |= {"single_level_variance": None, "spent": 0.0, "names": [str(i) for i in range(len(case.costs))]}
+    return report(**fields, variance_draws=variances, **changes)
+
+
+class TestInterval:
+    @given(case=cases(1, 6), factor=st.floats(1, 1e3), bounds=st.tuples(st.integers(1, 9), st.integers(0, 500)))
+    @settings(max_examples=30, deadline=None)
+    @pytest.mark.parametrize("goal", ["budget", "target_variance"])
+    def test_is_that_of_an_allocation_of_each_draw(self, goal, case, factor, bounds):
+        low, high = bounds[0], bounds[0] + bounds[1]
+        drawn = with_draws(case)
+        if goal == "budget":
+            limits = {"budget": factor * low * case.smallest, "minimum": low, "maximum": high}
+        else:
+            limits = {"target_variance": sum(case.variances) / factor, "minimum": low}
+        plan = optimal_allocation(drawn, **limits)
+        sizes = [
+            optimal_allocation(row, pair_costs=case.costs, **limits).continuous for row in drawn.variance_draws.tolist()
+        ]
+        expected = np.quantile(sizes, [0.05, 0.95], axis=0)
+        np.testing.assert_allclose(np.transpose(plan.interval), expected, atol=0.5 + 1e-6, rtol=ROUNDING)
+        assert all(isinstance(end, int) for ends in plan.interval for end in ends)
+        same = optimal_allocation(report(**{**vars(drawn), "variance_draws": None}), **limits)
+        assert same.n == plan.n
+        assert same.interval is None
+
+    def test_rows_that_exist_are_within(self):
+        drawn = with_draws(Case([4.0, 1.0], [1.0, 4.0]))
+        drawn.data, drawn.spent = SimpleNamespace(n=(0, 50)), 205.0
+        plan = optimal_allocation(drawn, budget=400)
+        assert plan.interval[1][0] >= 50
+
+    def test_is_a_column_of_the_table(self):
+        plan = optimal_allocation(with_draws(Case([4.0, 1.0], [1.0, 4.0])), budget=1600)
+        lines = str(plan).splitlines()
+        assert "n  90% interval  cost/row" in lines[0]
+        assert lines[1].split()[:3] == ["0", "800", f"{plan.interval[0][0]}-{plan.interval[0][1]}"]
+        assert json.loads(json.dumps(plan.to_dict()))["interval"] == [list(ends) for ends in plan.interval]
+        assert "interval" not in str(optimal_allocation([4.0, 1.0], [1.0, 3.0], budget=1600))
+
+    def test_is_unknown_for_a_report_without_draws(self):
+        assert optimal_allocation(report(), budget=30).interval is None
+
+    def test_is_unknown_with_optimal_weights(self):
+        drawn = report(variance_draws=np.ones((9, 2)))
+        assert optimal_allocation(drawn, budget=30).interval is not None
+        assert optimal_allocation(drawn, budget=30, weights="optimal").interval is None
+
+    def test_draws_that_cannot_reach_the_target_are_told(self):
+        drawn = with_draws(Case([4.0, 1.0], [1.0, 4.0]))
+        plan = optimal_allocation(drawn, target_variance=0.1, maximum=[60, None])
+        out = int((drawn.variance_draws[:, 0] / 60 >= 0.1).sum())
+        assert 0 < out < 60
+        assert plan.interval is None
+        assert any(f"in {out} of 60 bootstrap draws the maximum" in a for a in plan.advice)
+
+    @pytest.mark.parametrize("draws", [np.ones(2), np.ones((9, 3)), np.ones((0, 2)), np.ones((9, 2, 2))])
+    def test_draws_of_another_shape_are_refused(self, draws):
+        with pytest.raises(ValueError, match=r"variance_draws of shape \(draws, 2\), for one output"):
+            optimal_allocation(report(variance_draws=draws), budget=30)
+
+    def test_draws_that_are_no_variances_are_refused(self):
+        with pytest.raises(ValueError, match=r"variance_draws to be finite and zero or positive; got -1\.0 at \[0, "):
+            optimal_allocation(report(variance_draws=-np.ones((9, 2))), budget=30)
+
+    def test_draws_beside_several_outputs_are_refused(self):
+        outputs = report(
+            variances=((4.0, 1.0), (1.0, 3.0)),
+            single_level_variance=None,
+            covariance=None,
+            variance_draws=np.ones((9, 2)),
+        )
+        with pytest.raises(ValueError, match=r"for one output; got \(9, 2\) for 2"):
+            optimal_allocation(outputs, budget=100)
 
 
 class TestComparison:
@@ -591,7 +680,7 @@ class TestComparison:
             assert any(f"best subset of the levels is {kept}: S^2 = {spread(best) ** 2:.6g}" in a for a in plan.advice)
 
     def test_subsets_need_the_cost_of_single_runs(self):
-        plan = optimal_allocation([4.0, 1.0], pair_costs=[1, 4], budget=16, covariance=np.eye(2) * 4)
+        plan = optimal_allocation([4.0, 1.0], pair_costs=[1, 4], budget=16, covariance=[[4.0, 3.5], [3.5, 4.0]])
         assert any("Pass costs beside pair_costs" in a for a in plan.advice)
 
 
@@ -640,9 +729,14 @@ class TestRecord:
             plan.cost = 1.0
 
     @pytest.mark.parametrize("several", [False, True])
-    def test_to_dict_survives_json(self, several):
+    @pytest.mark.parametrize("weights", ["unit", "optimal"])
+    def test_to_dict_survives_json(self, several, weights):
         variances = [[4.0, 1.0], [1.0, 2.0]] if several else [4.0, 1.0]
-        plan = optimal_allocation(np.array(variances), np.array([1, 3]), budget=np.float64(16))
+        joint = [[4.0, 3.5], [3.5, 4.0]]
+        joint = [joint, [[1.0, 0.5], [0.5, 2.0]]] if several else joint
+        plan = optimal_allocation(
+            np.array(variances), pair_costs=np.array([1, 4]), budget=np.float64(16), covariance=joint, weights=weights
+        )
         content = plan.to_dict()
         assert json.loads(json.dumps(content, allow_nan=False)) == content
         assert content["n"] == list(plan.n)
@@ -690,7 +784,19 @@ class TestErrors:
             (([4, 1], [1, 3, 5]), {}, r"costs of shape \(2,\) .* got shape \(3,\)"),
             (([4, 1],), {"pair_costs": [1]}, r"pair_costs of shape \(2,\) .* got shape \(1,\)"),
             (([4, 1],), {"pair_costs": [1, 0]}, "pair_costs to be finite and positive; got 0"),
+            (([4, 1], [1]), {}, r"costs of shape \(2,\) .* got shape \(1,\)"),
+            (([4, 1], [1, math.inf]), {}, "costs to be finite and positive; got inf"),
+            (([4, 1],), {"pair_costs": [1, math.nan]}, "pair_costs to be finite and positive; got nan"),
+            (([4, 1],), {"pair_costs": [-1, 1]}, r"pair_costs to be finite and positive; got -1\.0 at \[0\]"),
+            (([4, 1], ["a", 3]), {}, "costs to be numbers"),
+            (([4, 1], [1, 3]), {"budget": math.nan}, "budget to be finite and positive; got nan"),
+            (([4, 1], [1, 3]), {"budget": -16}, "budget to be finite and positive; got -16"),
             (([4, 1], [1, 3]), {"budget": 0}, "budget to be finite and positive; got 0"),
+            (([4, 1], [1, 3]), {"minimum": math.nan}, "minimum to be whole numbers of at least 1; got nan"),
+            (([4, 1], [1, 3]), {"maximum": math.nan}, "maximum to be whole numbers of at least 1; got nan"),
+            (([4, 1], [1, 3]), {"maximum": [9, 9, 9]}, r"maximum to be one whole number or 2.* got shape \(3,\)"),
+            (([4, 1], [1, 3]), {"spent": [1, 1, 1]}, r"spent to be one whole number or 2.* got shape \(3,\)"),
+            (([4, 1], [1, 3]), {"single_level_variance": math.nan}, "single_level_variance to be finite"),
             (([4, 1], [1, 3]), {"budget": math.inf}, "budget to be finite and positive; got inf"),
             (([4, 1], [1, 3]), {"budget": [16, 16]}, "budget of a single number"),
             (([4, 1], [1, 3]), {"budget": 4.9}, r"smallest feasible budget is 5\.0"),
@@ -731,7 +837,9 @@ class TestErrors:
             (math.nan, {}, "target_variance to be finite and positive; got nan"),
             ([0.1, 0.1], {}, "target_variance of a single number"),
             ("low", {}, "target_variance to be numbers; got 'low'"),
+            (-0.1, {}, r"target_variance to be finite and positive; got -0\.1"),
             (0.1, {"maximum": [10, 5]}, r"target variance that maximum allows; got 0\.1.*reachable is 0\.6000"),
+            (0.4, {"maximum": [10, None]}, r"that maximum allows; got 0\.4\. Reachable is all above 0\.4"),
         ],
     )
     def test_target(self, target, changes, message):

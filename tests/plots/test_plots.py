@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from mlsbi import plots
+from mlsbi.allocation.comparing import ErrorCurve, error_curves
 from mlsbi.allocation.optimal import optimal_allocation
 from mlsbi.data import MultilevelData
 from mlsbi.plots.failures import read_tries
@@ -43,6 +44,13 @@ def make_tails(levels):
 def make_plan(levels):
     variances, costs = [8.0, 0.9, 0.05][:levels], [1.0, 10.0, 100.0][:levels]
     return optimal_allocation(variances, costs, budget=20_000.0)
+
+
+def make_curves(levels, **changes):
+    """Corrections of half the spread of the level before, on independent normals."""
+    variances = 4.0 ** -np.arange(levels)
+    covariance = np.minimum.outer(np.cumsum(variances), np.cumsum(variances))
+    return error_curves(variances, 3.0 ** np.arange(levels), covariance=covariance, **changes)
 
 
 def make_pilot(levels):
@@ -99,6 +107,11 @@ FIGURES = {
     "coupled, one pair": lambda: plots.coupled(make_data(2, n=1)),
     **{f"plan {n}": lambda n=n: plots.plan(make_plan(n)) for n in (1, 2, 3)},
     **{f"pilot {n}": lambda n=n: plots.pilot(make_pilot(n)) for n in (1, 2, 3)},
+    **{f"errors {n}": lambda n=n: plots.errors(make_curves(n)) for n in (1, 2, 3, 9)},
+    "errors, planned": lambda: plots.errors(make_curves(3, budget=5000.0), 5000.0),
+    "errors, one budget": lambda: plots.errors(make_curves(2, budgets=[50.0]), 50.0),
+    "errors, none": lambda: plots.errors([ErrorCurve("all levels", (0,), (1.0, 2.0), (0.0, 0.0))]),
+    "errors, nothing bought": lambda: plots.errors([ErrorCurve("all levels", (0,), (1.0, 2.0), (np.nan, np.nan))]),
     **{f"losses {n}": lambda n=n: plots.losses([make_history(n)]) for n in (1, 2, 3)},
     "losses, ensemble": lambda: plots.losses([make_history(2, seed=i, epochs=50 + i) for i in range(3)]),
     "losses, one epoch": lambda: plots.losses([make_history(2, epochs=1)]),
@@ -242,6 +255,46 @@ class TestPlanning:
         assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cheap", "dear"]
         assert "20%" in figure.get_supxlabel()
 
+    def test_errors_are_the_curves_on_log_axes(self):
+        curves = make_curves(3, budget=5000.0)
+        axes = plots.errors(curves, 5000.0, unit="hours").axes[0]
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        assert "hours" in axes.get_xlabel()
+        assert "nats" in axes.get_ylabel()
+        lines = {line.get_label(): line for line in axes.lines}
+        for curve in curves:
+            np.testing.assert_array_equal(lines[curve.label].get_xdata(), curve.budgets)
+            np.testing.assert_array_equal(lines[curve.label].get_ydata(), curve.errors)
+        assert lines["all levels"].get_linewidth() > 2 * max(
+            line.get_linewidth() for label, line in lines.items() if label.startswith(("without", "level"))
+        )
+        points = [line for line in axes.lines if line.get_marker() == "o"]
+        at = curves[0].budgets.index(5000.0)
+        assert sorted(line.get_ydata()[0] for line in points) == sorted(curve.errors[at] for curve in curves)
+        assert any(list(line.get_xdata()) == [5000.0, 5000.0] for line in axes.lines)  # the vertical mark
+        texts = [text.get_text() for text in axes.texts]
+        assert "planned: 5,000" in texts
+        ratio = curves[-1].errors[at] / curves[0].errors[at] - 1
+        assert f"level 2 alone {ratio:+.0%}" in texts
+
+    @pytest.mark.parametrize("levels", [2, 3, 9, 15])
+    def test_names_of_error_lines_do_not_overlap(self, levels):
+        figure = plots.errors(make_curves(levels, budget=1e9), 1e9)
+        figure.savefig(io.BytesIO(), dpi=100)
+        names = [text for text in figure.axes[0].texts if text.get_text() and text.get_position()[0] > 4]
+        assert len(names) == levels + 1 if levels > 2 else 2
+        boxes = [text.get_window_extent() for text in names]
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index])
+            assert box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0
+            assert box.y1 <= figure.bbox.y1
+
+    def test_error_lines_without_an_end_are_told(self):
+        curves = [ErrorCurve("all levels", (0, 1), (1.0, 2.0), (np.nan, np.nan)),
+                  ErrorCurve("fine alone", (1,), (1.0, 2.0), (0.0, 0.0))]
+        assert plots.errors(curves).get_supxlabel() == "all levels: no budget here buys it.\nfine alone: no error."
+
     def test_pilot_shows_the_table(self):
         frame = make_pilot(2)
         variance, cost, correlation = plots.pilot(frame).axes
@@ -271,6 +324,12 @@ class TestPlanning:
         assert "consistency" not in plots.pilot(make_pilot(2)).get_supxlabel()
 
     def test_bad_input(self):
+        with pytest.raises(ValueError, match="at least one curve"):
+            plots.errors([])
+        with pytest.raises(ValueError, match="all at the same budgets; got 2 that differ"):
+            plots.errors([*make_curves(1), *make_curves(1, budgets=[5.0])])
+        with pytest.raises(ValueError, match=r"positive, finite budget; got -1\.0"):
+            plots.errors(make_curves(2), -1.0)
         with pytest.raises(ValueError, match="shares missing"):
             plots.plan({key: value for key, value in make_plan(2).to_dict().items() if key != "shares"})
         with pytest.raises(ValueError, match=r"\['kurtosis'\] missing"):
