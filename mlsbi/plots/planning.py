@@ -80,7 +80,7 @@ def pilot(report: PilotReport | pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a frame lacks a column.
     """
-    frame, unit = _pilot_frame(report)
+    frame, unit, of = _pilot_frame(report)
     names = [_level_name(name) for name in frame["level"]]
     own, correction, cost, correlation = (
         [_measured(value) for value in frame[column]]
@@ -94,13 +94,13 @@ def pilot(report: PilotReport | pd.DataFrame) -> Figure:
     grey = [GREY] * len(names)
     add_bars(first, own, _numbers(own), colours=grey, offset=-0.2, height=0.34, filled=False)
     add_bars(first, correction, _numbers(correction), colours=colours, offset=0.2, height=0.34)
-    dress(first, title="Variance of the loss", x="variance (log scale)", grid="x")
+    dress(first, title=f"Variance of the {of}", x="variance (log scale)", grid="x")
     log_axis(second, cost)
     add_bars(second, cost, _numbers(cost), colours=colours)
     dress(second, title="Cost of one run", x=f"{unit} (log scale)", grid="x")
     signed_axis(third, correlation)
     add_bars(third, correlation, ["" if np.isnan(r) else f"{r:.3f}" for r in correlation], colours=colours)
-    dress(third, title="Correlation with level below", x="correlation of the losses", grid="x")
+    dress(third, title="Correlation with level below", x=f"correlation of the {of}", grid="x")
     _finish_rows((first, second, third), names)
     key = ("Outlined: variance of the level itself. Filled: of its term, level 0's own or the correction to the level "
            "below.")
@@ -230,14 +230,14 @@ def _plan_record(allocation: Allocation | Mapping[str, Any]) -> Mapping[str, Any
     return record
 
 
-def _pilot_frame(report: PilotReport | pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The table of a report, and the unit of its costs."""
+def _pilot_frame(report: PilotReport | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
+    """The table of a report, the unit of its costs, and what its variances are of."""
     if not isinstance(report, pd.DataFrame):
-        return report.to_frame(), "seconds" if report.cost_unit == "seconds" else "declared units"
+        return report.to_frame(), "seconds" if report.cost_unit == "seconds" else "declared units", report.integrand
     missing = [column for column in _PILOT_COLUMNS if column not in report.columns]
     if missing:
         raise ValueError(f"Expected the columns of PilotReport.to_frame(); {missing} missing.")
-    return report, str(report.attrs.get("cost_unit", "cost units"))
+    return report, str(report.attrs.get("cost_unit", "cost units")), str(report.attrs.get("integrand", "loss"))
 
 
 def _pilot_remarks(frame: pd.DataFrame) -> list[str]:
