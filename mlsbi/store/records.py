@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["JOINT_STREAM", "OK", "SET_STREAM", "STATUSES", "TEST_STREAM", "Records", "Stream"]
+__all__ = ["JOINT_STREAM", "OK", "REPEAT_STREAM", "SET_STREAM", "STATUSES", "TEST_STREAM", "Records", "Stream"]
 
 STATUSES = ("ok", "exception", "time-out", "not finite", "wrong shape", "worker died", "wrong type")
 """What can become of a row; a record's status is a place in this tuple."""
@@ -21,6 +21,9 @@ JOINT_STREAM = 1 << 16
 
 TEST_STREAM = 1 << 17
 """Random stream of test rows. Streams 0, 1, ... are the levels' own."""
+
+REPEAT_STREAM = 1 << 19
+"""Random stream of the noise with which cheap levels are run again at a pilot's theta."""
 
 SET_STREAM = 1 << 24
 """Sets of m outputs are kept as stream `SET_STREAM * m` plus the number of the stream they are drawn from."""

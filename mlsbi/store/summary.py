@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlsbi.store.catalogue import Catalogue
 from mlsbi.store.locking import find_holder
-from mlsbi.store.records import JOINT_STREAM, STATUSES, TEST_STREAM, Stream
+from mlsbi.store.records import JOINT_STREAM, REPEAT_STREAM, STATUSES, TEST_STREAM, Stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,4 +85,6 @@ def _name_purpose(catalogue: Catalogue, stream: Stream) -> str:
         return "pilot, all levels together"
     if JOINT_STREAM < number <= JOINT_STREAM + len(names):
         return f"pilot, {names[number - JOINT_STREAM - 1]} alone"
+    if number == REPEAT_STREAM:
+        return "pilot's theta with other noise"
     return "test rows" if number == TEST_STREAM else f"stream {number}"
