@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlsbi import diagnostics, plots, tasks
+    from mlsbi.allocation.adaptive import AdaptiveCampaign, simulate_adaptively
+    from mlsbi.allocation.comparing import ErrorCurve, error_curves
     from mlsbi.allocation.optimal import Allocation, optimal_allocation
-    from mlsbi.allocation.piloting import PilotReport, pilot
+    from mlsbi.allocation.pilot_report import PilotReport
+    from mlsbi.allocation.piloting import pilot
     from mlsbi.data import LevelData, MultilevelData
     from mlsbi.density.embeddings import CNNEmbedding, MLPEmbedding, SetEmbedding
     from mlsbi.density.flows import MAF, NSF
@@ -40,9 +43,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveCampaign": "allocation.adaptive",
+    "simulate_adaptively": "allocation.adaptive",
     "Allocation": "allocation.optimal",
     "optimal_allocation": "allocation.optimal",
-    "PilotReport": "allocation.piloting",
+    "ErrorCurve": "allocation.comparing",
+    "error_curves": "allocation.comparing",
+    "PilotReport": "allocation.pilot_report",
     "pilot": "allocation.piloting",
     "LevelData": "data",
     "MultilevelData": "data",
@@ -79,11 +86,12 @@ _HOMES = {
 _MODULES = ("diagnostics", "plots", "tasks")
 
 __all__ = [  # noqa: PLE0604
-    "MAF", "MDN", "NLE", "NPE", "NSF", "Allocation", "BoxPrior", "CNNEmbedding", "DirectPosterior", "Level",
-    "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData",
-    "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel", "Store", "StoreError", "TrainingOptions",
-    "TransferLearning", "accept_code", "command", "diagnostics", "export_store", "load", "merge_stores",
-    "open_store", "optimal_allocation", "per_sample", "pilot", "plots", "simulate", "tasks",
+    "MAF", "MDN", "NLE", "NPE", "NSF", "AdaptiveCampaign", "Allocation", "BoxPrior", "CNNEmbedding",
+    "DirectPosterior", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior",
+    "MLPEmbedding", "Multilevel", "MultilevelData", "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel",
+    "Store", "StoreError", "TrainingOptions", "TransferLearning", "accept_code", "command", "diagnostics",
+    "error_curves", "export_store", "load", "merge_stores", "open_store", "optimal_allocation", "per_sample", "pilot",
+    "plots", "simulate", "simulate_adaptively", "tasks",
 ]
 
 
