@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     goal = plan.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", type=float, help="total cost, pilot included")
     goal.add_argument("--target-variance", type=float, help="variance of the loss estimate to reach")
+    plan.add_argument("--weights", choices=("unit", "optimal"), default="unit", help="choose the sizes for the plain "
+                      "telescoping sum (unit, default) or for its control-variate weights too (optimal)")
+    plan.add_argument("--verdict", action="store_true", help="say what each cheap level is worth, for multilevel "
+                      "training and transfer learning; runs the cheap levels once more (needs scikit-learn)")
     plan.add_argument("--out", type=Path, help="folder for the pilot's simulations and figures (default "
                       "that of `mlsbi run`)")
     plan.set_defaults(function=_plan)
@@ -64,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     amount = run.add_mutually_exclusive_group()
     amount.add_argument("--budget", type=float, help="total cost; a pilot decides how to split it")
     amount.add_argument("--n", type=_numbers, help="rows per level, cheapest first: 1000,100")
+    run.add_argument("--rounds", type=int, default=1, help="rounds in which a budget is spent after the pilot; before "
+                     "each the variances are measured anew on all rows so far (default 1)")
     run.add_argument("--strategy", default=("multilevel",), type=_strategies,
                      help="multilevel (default), transfer, high, low, or several to compare: multilevel,transfer,high")
     run.add_argument("--observations", type=int, metavar="M", help="independent outputs in one observation, for nle "
@@ -96,6 +102,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--estimator", choices=("npe", "nle"), help="posterior or likelihood network (default: the "
                         "task's usual one; npe for an own stack)")
     parser.add_argument("--pilot", type=int, default=64, metavar="ROWS", help="pilot rows (default 64)")
+    parser.add_argument("--integrand", choices=("loss", "gradient", "output"), default="loss", help="what the pilot "
+                        "takes variances of: a network's loss (default), its gradient, or the outputs alone")
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate (default 1)")
     parser.add_argument("--on-failure", choices=("raise", "drop", "redraw"), default="raise", help="what a failed "
                         "simulation does: end the run (default), leave a gap, or have another one made in its place")
@@ -156,32 +164,10 @@ def _tasks(options: argparse.Namespace, given: Sequence[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, given: Sequence[str]) -> None:
-    from mlsbi import plots
-    from mlsbi.allocation.optimal import optimal_allocation
-    from mlsbi.allocation.piloting import pilot
-    from mlsbi.cli.folders import STORE
-    from mlsbi.cli.requests import FEWEST_ROWS
-    from mlsbi.cli.running import check_budget
-    from mlsbi.simulation.opening import accept_code
+    from mlsbi.cli.planning import plan
 
     target = _target(options)
-    if target.stack is None:
-        raise ValueError(f"'{target.name}' is a fixed data set: there is nothing to plan.")
-    if options.budget is not None:
-        check_budget(target, options.budget, options.pilot)
-    out = _default_folder(options, target, ["multilevel"])
-    if options.accept_code and (out / STORE).exists():
-        accept_code(out / STORE, target.stack)
-    report = pilot(target.stack, options.pilot, seed=options.seed, estimator=options.estimator or target.estimator,
-                   x_transform=target.x_transform, device=options.device, workers=options.workers,
-                   store=out / STORE, on_failure=options.on_failure, retry_failed=options.retry_failed,
-                   progress=not options.quiet)
-    plan = optimal_allocation(report, budget=options.budget, target_variance=options.target_variance,
-                              minimum=FEWEST_ROWS)
-    print(f"{report}\n\n{plan}")
-    for name, figure in (("pilot", plots.pilot(report)), ("plan", plots.plan(plan))):
-        figure.savefig(out / f"{name}.png", dpi=110)
-    print(f"\nPilot rows, which `mlsbi run` goes on from when given the same --out, and figures: {out}")
+    plan(target, options, _default_folder(options, target, ["multilevel"]))
 
 
 def _default_folder(options: argparse.Namespace, target: Any, strategies: Sequence[str]) -> Path:
@@ -196,15 +182,19 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
 
     target = _target(options)
     out = _default_folder(options, target, options.strategy)
-    for name, least in (("workers", 1), ("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1)):
+    for name, least in (("workers", 1), ("ensemble", 1), ("draws", 10), ("pilot", 8), ("observations", 1),
+                        ("rounds", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
+    if options.rounds > 1 and options.budget is None:
+        raise ValueError("Expected --budget beside --rounds: with --n there is nothing to plan.")
     if options.tests is not None and options.tests < 0:
         raise ValueError(f"Expected --tests of at least 0; got {options.tests}.")
     request = RunRequest(
         strategies=options.strategy, estimator=options.estimator, observations=options.observations,
         seed=options.seed, device=options.device, ensemble=options.ensemble, out=out,
         command=shlex.join(["mlsbi", *given]), budget=options.budget, n=options.n, pilot_rows=options.pilot,
+        integrand=options.integrand, rounds=options.rounds,
         workers=options.workers, on_failure=options.on_failure, retry_failed=options.retry_failed,
         accept_code=options.accept_code, overwrite=options.overwrite, tests=options.tests, draws=options.draws,
         x_o=options.x_o, progress=not options.quiet, say=lambda text: print(text, flush=True),

@@ -30,6 +30,8 @@ class RunRequest:
     budget: float | None = None
     n: tuple[int, ...] | None = None
     pilot_rows: int = 64
+    integrand: Literal["loss", "gradient", "output"] = "loss"
+    rounds: int = 1
     workers: int = 1
     on_failure: OnFailure = "raise"
     retry_failed: bool = False

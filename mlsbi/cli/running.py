@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 import mlsbi
+from mlsbi.allocation.adaptive import simulate_adaptively
+from mlsbi.allocation.comparing import error_curves
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
-from mlsbi.allocation.piloting import PilotReport, pilot, pilot_cost
+from mlsbi.allocation.pilot_report import PilotReport
+from mlsbi.allocation.piloting import pilot, pilot_cost
 from mlsbi.cli.folders import KEPT, STORE, TRAINING, begin, read_kept, write_json
 from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
 from mlsbi.cli.targets import Target
@@ -90,7 +93,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     options = RunOptions(None if target.stack is None else out / STORE, workers=request.workers,
                          on_failure=request.on_failure, retry_failed=request.retry_failed, progress=request.progress)
 
-    report, plan, data = _simulate(target, request, kind, n_asked, options, say)
+    report, plan, data, rounds = _simulate(target, request, kind, n_asked, options, say)
     data.save(out / "data.npz")
     say(f"simulated {data}")
 
@@ -112,7 +115,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         "command": request.command,
         "asked": _asked(target, request, next(iter(estimators.values())), n_asked, m),
         "observable": {"axis": target.x_axis, "label": target.x_label},
-        **_planned(report, plan, n_asked, target),
+        **_planned(report, plan, rounds, n_asked, target),
         "levels": _levels(target, report, data),
         "cost_unit": "as declared" if target.level_costs else "seconds",
         "spent": _spent(target, report, data, test_rows * m + (len(judged.theta) if judged else 0)),
@@ -210,14 +213,9 @@ def _judge_rows(target: Target, request: RunRequest, kind: str, options: RunOpti
 
 
 def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) -> NPE | NLE:
-    usual = kind == target.estimator  # the task's density and embedding suit that
-    options: dict[str, Any] = {
-        "strategy": strategy, "density": target.density if usual else "nsf", "x_transform": target.x_transform,
-        "training": request.training, "device": request.device, "seed": child_seed(request.seed, 1),
-    }
-    if kind == "nle":
-        return NLE(target.prior, **options)
-    return NPE(target.prior, embedding=target.embedding if usual else None, **options)
+    options: dict[str, Any] = {"strategy": strategy, **target.networks(kind), "training": request.training,
+                               "device": request.device, "seed": child_seed(request.seed, 1)}
+    return NLE(target.prior, **options) if kind == "nle" else NPE(target.prior, **options)
 
 
 def _infer(
@@ -401,24 +399,32 @@ def _comma(path: Path) -> str | None:
 def _simulate(
     target: Target, request: RunRequest, kind: Literal["npe", "nle"], n: tuple[int, ...] | None, options: RunOptions,
     say: Any,
-) -> tuple[PilotReport | None, Allocation | None, MultilevelData]:
+) -> tuple[PilotReport | None, Allocation | None, MultilevelData, pd.DataFrame | None]:
+    """Pilot, plan, simulations, and what several rounds did."""
     if target.simulate_data is not None and n is not None:
-        return None, None, target.simulate_data(n, request.seed)
+        return None, None, target.simulate_data(n, request.seed), None
     if target.stack is None:
         raise ValueError(f"'{target.name}' has neither simulators nor data.")
     run: dict[str, Any] = {"seed": request.seed, **vars(options)}
     run.pop("batch_size")
     if n is not None:
-        return None, None, simulate(target.stack, n, **run)
-    report = pilot(target.stack, request.pilot_rows, estimator=kind, x_transform=target.x_transform,
-                   device=request.device, **run)
+        return None, None, simulate(target.stack, n, **run), None
+    measured: dict[str, Any] = {"estimator": kind, "integrand": request.integrand, **target.networks(kind),
+                                "device": request.device, **run}
+    if request.rounds > 1 and request.budget is not None:
+        campaign = simulate_adaptively(target.stack, request.budget, rounds=request.rounds,
+                                       pilot_rows=request.pilot_rows, minimum=FEWEST_ROWS, **measured)
+        say(f"{campaign.pilot}\n\n{campaign}\n")
+        return campaign.pilot, campaign.plan, campaign.data, campaign.to_frame()
+    report = pilot(target.stack, request.pilot_rows, **measured)
     plan = optimal_allocation(report, budget=request.budget, minimum=FEWEST_ROWS)
     say(f"{report}\n\n{plan}\n")
-    return report, plan, simulate(target.stack, plan, reuse=report.data, **run)
+    return report, plan, simulate(target.stack, plan, reuse=report.data, **run), None
 
 
 def _planned(
-    report: PilotReport | None, plan: Allocation | None, n: tuple[int, ...] | None, target: Target
+    report: PilotReport | None, plan: Allocation | None, rounds: pd.DataFrame | None, n: tuple[int, ...] | None,
+    target: Target,
 ) -> dict[str, Any]:
     note = None
     if plan is None:
@@ -426,10 +432,16 @@ def _planned(
         note = f"The rows per level, {n}, were given ({source}), not planned: no pilot was run."
     table = None
     if report is not None:
-        frame = report.to_frame()
-        table = {"n": len(report.losses), "spent": report.spent, "warnings": list(report.warnings),
-                 "table": {"columns": list(frame.columns), "rows": frame.to_numpy(dtype=object).tolist()}}
-    return {"pilot": table, "plan": plan.to_dict() if plan is not None else None, "plan_note": note}
+        curves = error_curves(report, budget=plan.cost, minimum=FEWEST_ROWS) if plan is not None else ()
+        table = {"n": report.n, "spent": report.spent, "warnings": list(report.warnings),
+                 "integrand": report.integrand, "table": _tabled(report.to_frame()), "sizes": _tabled(report.sizes()),
+                 "curves": [asdict(curve) for curve in curves]}
+    return {"pilot": table, "plan": plan.to_dict() if plan is not None else None, "plan_note": note,
+            "rounds": None if rounds is None else _tabled(rounds)}
+
+
+def _tabled(frame: pd.DataFrame) -> dict[str, Any]:
+    return {"columns": list(frame.columns), "rows": frame.to_numpy(dtype=object).tolist()}
 
 
 def _levels(target: Target, report: PilotReport | None, data: MultilevelData) -> list[dict[str, Any]]:

@@ -205,7 +205,8 @@ def _command(asked: Mapping[str, Any], folder: Path) -> str:
     """The command of a run that left no results yet, put together from what was asked."""
     parts = ["mlsbi", "run", str(asked.get("task"))]
     for key, flag in (("estimator", "estimator"), ("strategies", "strategy"), ("budget", "budget"), ("n", "n"),
-                      ("pilot_rows", "pilot"), ("observations", "observations"), ("ensemble", "ensemble"),
+                      ("pilot_rows", "pilot"), ("integrand", "integrand"), ("rounds", "rounds"),
+                      ("observations", "observations"), ("ensemble", "ensemble"),
                       ("tests", "tests"), ("draws", "draws"), ("seed", "seed")):  # fmt: skip
         value = asked.get(key)
         if value is not None:

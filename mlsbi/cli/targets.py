@@ -50,6 +50,12 @@ class Target:
     simulate_data: Callable[[Sequence[int], int], MultilevelData] | None
     test_data: Callable[[int, int], tuple[Tensor, Tensor]] | None
 
+    def networks(self, kind: str) -> dict[str, Any]:
+        """Density, embedding and transform of x: the task's own, where it is solved as it usually is."""
+        usual = kind == self.estimator
+        return {"density": self.density if usual else "nsf", "x_transform": self.x_transform,
+                "embedding": self.embedding if usual and kind == "npe" else None}
+
     def test(self, n: int, seed: int, options: RunOptions) -> tuple[Tensor, Tensor]:
         """Theta `(n, D)` and outputs of the highest level `(n, ...)`, on rows that no training data has."""
         if self.stack is not None:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mlsbi import plots
+from mlsbi.allocation.comparing import ErrorCurve
 from mlsbi.data import MultilevelData
 from mlsbi.inference.saving import read_model
 from mlsbi.plots.failures import read_tries
@@ -28,8 +29,8 @@ _DPI = 110
 def draw_figures(folder: Path) -> list[Path]:
     r"""Draws every figure that a run's files allow into `folder/figures`.
 
-    Of one strategy they are `coupled`, `pilot`, `plan`, `losses`, `posterior`, `coverage` and `ranks`. Of several,
-    `quality`, `coverage` and `posterior` show all; `losses-NAME` and `ranks-NAME` are about one, and so is
+    Of one strategy they are `coupled`, `pilot`, `plan`, `errors`, `losses`, `posterior`, `coverage` and `ranks`. Of
+    several, `quality`, `coverage` and `posterior` show all; `losses-NAME` and `ranks-NAME` are about one, and so is
     `posterior-NAME` of the best. Where rows failed, `failures` maps those of the level that lost most; without a store
     that can be read there is no such figure, which the report then says.
 
@@ -52,9 +53,13 @@ def draw_figures(folder: Path) -> list[Path]:
     }
     if results["pilot"] is not None:
         table = results["pilot"]["table"]
-        figures["pilot"] = plots.pilot(pd.DataFrame(table["rows"], columns=table["columns"]))
+        frame = pd.DataFrame(table["rows"], columns=table["columns"])
+        frame.attrs["integrand"] = results["pilot"].get("integrand") or "loss"
+        figures["pilot"] = plots.pilot(frame)
     if results["plan"] is not None:
         figures["plan"] = plots.plan(results["plan"])
+        if (results["pilot"] or {}).get("curves"):
+            figures["errors"] = _draw_errors(results)
     done = [record for record in results["strategies"] if not record["error"]]
     several = len(results["strategies"]) > 1
     levels: dict[str, Any] = {}
@@ -133,3 +138,13 @@ def _posterior(folder: Path, results: Record, records: list[Record], box: dict[s
         reference=pd.read_csv(folder / named).to_numpy() if named else None,
         labels=[*labels, "exact posterior"] if named else labels,
     )
+
+
+def _draw_errors(results: dict[str, Any]) -> Figure:
+    """Predicted error against the budget; numbers that JSON lacks were written as words."""
+    pilot = results["pilot"]
+    curves = [ErrorCurve(curve["label"], tuple(curve["levels"]), tuple(map(float, curve["budgets"])),
+                         tuple(map(float, curve["errors"]))) for curve in pilot["curves"]]
+    measure = " (nats, log scale)" if pilot["integrand"] == "loss" else " (log scale)"
+    return plots.errors(curves, float(results["plan"]["cost"]), unit=results["cost_unit"],
+                        label=f"standard error of the mean {pilot['integrand']}{measure}")

@@ -45,7 +45,10 @@ _CAPTIONS = {
     "itself (outlined) and the level below is much cheaper.",
     "plan": "How rows, cost and variance are split over the levels. Where a level's share of the cost and its share of "
     "the variance agree, moving runs between levels cannot help.",
+    "errors": "The error that a budget would buy with all levels, without each of them, and with the finest alone, by "
+    "the pilot's variances. A level is worth its runs where the line without it lies above that of all levels.",
 }
+_WORDS = ("level", "state")  # columns of names, which may be digits
 _ESTIMATORS = {
     "npe": "posterior network (neural posterior estimation)",
     "nle": "likelihood network (neural likelihood estimation)",
@@ -130,25 +133,47 @@ def plan(results: Record, figures: Path) -> str:
             paragraph("Bounds that were in force: " + "; ".join(map(str, allocation["binding"])) + ".")
             if allocation.get("binding") else "",
             _figure(figures, "plan"),
+            _figure(figures, "errors") if (pilot or {}).get("curves") else "",
         ]  # fmt: skip
     else:
         body = [paragraph(str(results.get("plan_note") or "The number of rows was given; nothing was planned."))]
-    return section("The plan, and why", *body, *_pilot(pilot, results, figures))
+    return section("The plan, and why", *body, *_rounds(results), *_pilot(pilot, results, figures))
+
+
+def _rounds(results: Record) -> list[str]:
+    """What each round of an adaptive campaign knew and bought."""
+    rounds = results.get("rounds")
+    if not rounds:
+        return []
+    return [
+        subheading("The rounds"),
+        paragraph("The budget was spent in rounds. Before each, the variances were measured anew on all rows so far."),
+        _table_of(rounds),
+    ]
 
 
 def _pilot(pilot: Record | None, results: Record, figures: Path) -> list[str]:
     if not pilot:
         return [paragraph("No pilot was run, so the variances of the levels were not measured.")]
-    columns, rows = pilot["table"]["columns"], pilot["table"]["rows"]
+    sizes, integrand = pilot.get("sizes"), pilot.get("integrand") or "loss"
+    of = ("simulators' standardised outputs" if integrand == "output" else
+          f"network's {integrand}, on rows that the pilot's networks were not trained on")
     return [
         subheading("The pilot"),
         paragraph(f"{number(pilot['n'])} parameters were run through every level with the same random numbers, for "
-                  f"{number(measured(pilot['spent']))} {unit_of(results)}. A loss is compared on rows that the pilot's "
-                  "networks were not trained on."),
-        table(list(map(str, columns)), [[str(row[0]), *map(cell, row[1:])] for row in rows]),
+                  f"{number(measured(pilot['spent']))} {unit_of(results)}. Variances are of the {of}."),
+        _table_of(pilot["table"]),
         listing(map(str, pilot["warnings"])) if pilot.get("warnings") else paragraph("The pilot gave no warning."),
         _figure(figures, "pilot"),
+        *([paragraph("What some larger budget would buy, by the variances at each state of the pilot's network, with "
+                     "90% intervals from resampled rows:"), _table_of(sizes)] if sizes else []),
     ]
+
+
+def _table_of(frame: Record) -> str:
+    columns = list(map(str, frame["columns"]))
+    return table(columns, [[str(entry) if column in _WORDS else cell(entry)
+                            for column, entry in zip(columns, row, strict=True)] for row in frame["rows"]])
 
 
 def spent(results: Record, figures: Path) -> str:

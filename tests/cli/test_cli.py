@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 
@@ -304,7 +305,24 @@ def test_plan_prints_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16 joint rows" in printed
     assert "euler" in printed
-    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"store", "pilot.png", "plan.png"}
+    assert "if 5000 went into rows alone" in printed
+    assert re.search(r"^  all levels   0\.\d+$", printed, re.MULTILINE)
+    assert re.search(r"^  euler alone  0\.\d+$", printed, re.MULTILINE)
+    assert "errors.png" in printed
+    figures = {"pilot.png", "plan.png", "errors.png"}
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"store", *figures}
+
+
+def test_plan_with_optimal_weights_says_what_they_gain(tmp_path, capsys):
+    arguments = ["plan", "ou", "--pilot", "16", "--quiet", "--out", str(tmp_path / "plan")]
+    assert main([*arguments, "--budget", "5000", "--weights", "optimal"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Control-variate weights a = \(.*, 1\) reach .*% less variance than unit weights", printed)
+    target = float(re.search(r"predicted variance (\S+),", printed).group(1))
+    assert main([*arguments, "--target-variance", str(2 * target)]) == 0
+    printed = capsys.readouterr().out
+    cost = re.search(r"^cost (\S+) ", printed, re.MULTILINE).group(1)
+    assert f"if {cost} went into rows alone" in printed
 
 
 def test_tasks_lists_all(capsys, monkeypatch):
