@@ -23,10 +23,14 @@ _KURTOSIS_LIMIT = 100.0  # above it a few rare rows decide the variance (Giles 2
 _ERROR_LIMIT = 0.5  # relative standard error of a variance, which few rows reach at a far smaller kurtosis
 _ERROR_AIM = 0.2
 _DRIFT_LIMIT = 3.0
-_SHORT = {
-    "cost per run": "cost/run", "cost per row": "cost/row", "variance of correction": "of correction",
-    "correlation with level below": "correlation", "correlation of shuffled rows": "(shuffled)",
-    "correlation of the noise": "of the noise", "noise of shuffled rows": "(shuffled)",
+_LEVEL_COLUMNS = {
+    "level": "level", "cost per run": "cost/run", "cost per row": "cost/row", "variance": "variance",
+    "variance of correction": "of correction", "kurtosis": "kurtosis",
+}  # fmt: skip
+_PAIR_COLUMNS = {
+    "level": "pairs with level below", "correlation with level below": "correlation",
+    "correlation of shuffled rows": "(shuffled)", "correlation of the noise": "of the noise",
+    "noise of shuffled rows": "(shuffled)", "consistency": "consistency",
 }  # fmt: skip
 
 
@@ -240,12 +244,12 @@ class PilotReport:
                        rates=convergence_rates(means, self.variances, own))
 
     def __str__(self) -> str:
-        with pd.option_context("display.width", 200, "display.max_columns", 20):
-            table = self.to_frame().rename(columns=_SHORT).to_string(
-                index=False, float_format=lambda value: f"{value:.4g}", na_rep="-")
+        frame = self.to_frame()
+        tables = [_print(frame[list(names)].rename(columns=names).iloc[first:])
+                  for first, names in enumerate((_LEVEL_COLUMNS, _PAIR_COLUMNS)) if first < len(frame)]
         unit = "seconds" if self.cost_unit == "seconds" else "cost units"
         lines = [f"Pilot: {self.n} joint rows, {self.spent:.4g} {unit} spent; variances of the {self.integrand}",
-                 table, *self._told_sizes(unit)]
+                 *tables, *self._told_sizes(unit)]
         worst = float(np.nanmax(self.relative_errors)) if np.isfinite(self.kurtosis).any() else 0.0
         known = f"Variances are known to within {worst:.0%} or better (one standard error)"
         if worst > _ERROR_AIM:
@@ -278,3 +282,8 @@ def _sizes_per_cost(variances: np.ndarray[Any, Any], pair_costs: Sequence[float]
 
 def _whole(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _print(frame: pd.DataFrame) -> str:
+    with pd.option_context("display.width", 200, "display.max_columns", 20):
+        return str(frame.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="-"))

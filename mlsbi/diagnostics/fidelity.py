@@ -126,11 +126,13 @@ class TransferReport:
         } for level in self.levels])  # fmt: skip
 
     def __str__(self) -> str:
+        turned = self.to_frame().set_index("level").rename_axis(None).T  # levels are few, and terminals narrow
         with pd.option_context("display.width", 200, "display.max_columns", 30):
-            table = self.to_frame().to_string(index=False, float_format=lambda value: f"{value:.3g}", na_rep="-")
+            table = turned.to_string(float_format=lambda value: f"{value:.3g}", na_rep="-")
         unit = "seconds" if self.cost_unit == "seconds" else "cost units"
-        title = f"Worth of levels below '{self.finest}': {self.spent:.4g} {unit} spent on repeats; nats per parameter"
-        return "\n".join([title, table, *(f"{level.name}: {level.verdict}" for level in self.levels)])
+        title = f"Worth of levels below '{self.finest}': {self.spent:.4g} {unit} spent on repeats"
+        nats = "(information, carried and score in nats per parameter)"
+        return "\n".join([title, table, nats, *(f"{level.name}: {level.verdict}" for level in self.levels)])
 
 
 def transfer(
