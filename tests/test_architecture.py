@@ -37,7 +37,7 @@ ORDER = {
     "strategies": ["multilevel", "single_level", "transfer", "registry", "fitting"],
     "allocation": ["arrays", "problem", "limits", "water", "goals", "integers", "weighting", "solution", "advising",
                    "optimal", "comparing", "integrands", "moments", "networks", "checking", "pilot_report", "piloting",
-                   "adaptive"],
+                   "remeasuring", "adaptive"],
     "inference": ["observations", "ascent", "posteriors", "convergence", "mcmc", "ensemble", "hmc", "evidence",
                   "importance", "mcmc_posterior",
                   "likelihoods", "saving", "estimator", "npe", "nle", "loading"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,28 +14,27 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from mlsbi.allocation.integrands import Array, Integrand, IntegrandLike, Rows, resolve_integrand
-from mlsbi.allocation.moments import Moments, compact, measure
-from mlsbi.allocation.networks import Reader, fold_of, train_states
+from mlsbi.allocation.arrays import Array
+from mlsbi.allocation.integrands import IntegrandLike, resolve_integrand
+from mlsbi.allocation.limits import read_bounds
+from mlsbi.allocation.moments import Moments
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
 from mlsbi.allocation.pilot_report import PilotReport
-from mlsbi.allocation.piloting import pilot, pilot_cost
-from mlsbi.data import LevelData, MultilevelData
-from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.allocation.piloting import FEWEST, pilot, pilot_cost
+from mlsbi.allocation.remeasuring import Remeasuring
+from mlsbi.data import MultilevelData
 from mlsbi.density.embeddings import EmbeddingBuilder, resolve_embedding
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.density.standardise import Transform
 from mlsbi.levels import LevelStack, campaign_cost, sum_pair_costs
 from mlsbi.randomness import child_seed
 from mlsbi.simulation.campaign import simulate
+from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.store.store import Store
 
 __all__ = ["AdaptiveCampaign", "Round", "simulate_adaptively"]
 
-_MOST_ROWS = 4096  # of a level that networks are trained and scored on: its variance is then known to a few percent
-_CHUNK_ROWS = 512  # scored together, around a mean of their own
-_FEWEST_SCORED = 4  # rows of a set: two a fold
 _ROUND_KEY = 1 << 20  # seeds of the networks of each round
 
 
@@ -46,7 +45,7 @@ class Round:
     Args:
         budget: What could be spent up to its end, the pilot included.
         variances: Of the corrections, as known when it was planned, shape `(L + 1,)`.
-        pair_costs: Cost of one row of each level's term, as known then, shape `(L + 1,)`.
+        pair_costs: Cost of one finished row of each level's term, failed ones included, as known then, `(L + 1,)`.
         n: Rows of each level at its end.
         spent: Cost of everything up to its end.
     """
@@ -126,7 +125,8 @@ def simulate_adaptively(
 
     With a `store`, every row is on disk as soon as it is finished, and the same call goes on where it was interrupted,
     in whatever way: rows are never run twice. Where costs are measured, not declared, the budget holds as far as costs
-    stay what they were; with `on_failure="redraw"`, as far as rows go on failing as often.
+    stay what they were. Unless failed rows end the campaign, what they leave of the budget buys further rows, whether
+    they are dropped or redrawn; the budget pays for them too.
 
     Args:
         stack: Prior, noise and levels.
@@ -170,170 +170,152 @@ def simulate_adaptively(
         >>> len(campaign.rounds), campaign.spent <= 5000, campaign.data.n == campaign.plan.n
         (3, True, True)
     """
-    if isinstance(rounds, bool) or int(rounds) != rounds or rounds < 1:
-        raise ValueError(f"Expected a whole number of rounds, at least 1; got {rounds}.")
-    if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(f"Expected a positive, finite budget; got {budget}.")
-    floor = pilot_cost(stack, pilot_rows)
-    if floor is not None and budget <= floor:
-        raise ValueError(f"Expected a budget beyond the cost of a pilot of {pilot_rows} rows, {floor:g}; got "
-                         f"{budget:g}. Raise it, or take fewer pilot rows (at least 8).")
-    chosen, builder, reads = resolve_integrand(integrand), resolve_builder(density), resolve_embedding(embedding)
+    for name, number, least in (("rounds", rounds, 1), ("pilot_rows", pilot_rows, FEWEST)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < least:
+            raise ValueError(f"Expected {name} to be a whole number of at least {least}; got {number!r}.")
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"Expected a positive, finite number as budget; got {budget!r}.")
+    _check_affordable(stack, budget, pilot_rows, minimum, maximum)
+    RunOptions(store, executor, workers, batch_size, on_failure, retry_failed, progress)
+    remeasuring = Remeasuring(stack.prior, resolve_integrand(integrand), estimator, resolve_builder(density),
+                              resolve_embedding(embedding), x_transform, device, progress)
     running: dict[str, Any] = {"seed": seed, "store": store, "executor": executor, "workers": workers,
-                               "on_failure": on_failure, "retry_failed": retry_failed, "progress": progress}
+                               "retry_failed": retry_failed, "progress": progress}
     report = pilot(stack, pilot_rows, estimator=estimator, integrand=integrand, density=density, embedding=embedding,
-                   x_transform=x_transform, device=device, **running)
-    known, done = _Known.of_pilot(report), list[Round]()
+                   x_transform=x_transform, on_failure=on_failure, device=device, **running)
+    # Further rows in place of failed ones are bought with what is left, so that the budget holds.
+    running |= {"on_failure": "raise" if on_failure == "raise" else "drop", "batch_size": batch_size}
+    known, done = _Known.of_pilot(stack, report), list[Round]()
     while True:
-        part = 1.0 if len(done) == rounds - 1 else (len(done) + 1) / rounds
+        part = (len(done) + 1) / rounds
         limit = budget if part == 1 else known.pilot_spent * (budget / known.pilot_spent) ** part
         plan = optimal_allocation(known, budget=budget, minimum=minimum, maximum=maximum)
-        wanted = plan.n if part == 1 else _towards(plan, known, limit)
-        # A row that failed and was dropped is counted by `simulate` as one of those asked for.
-        lost = known.data.failures if on_failure == "drop" else (0,) * len(stack)
-        asked = [n + gaps for n, gaps in zip(wanted, lost, strict=True)]
-        data = simulate(stack, asked, reuse=known.data, batch_size=batch_size, **running)
-        spent = _spent(stack, report, data)
-        done.append(Round(limit, tuple(known.variances.tolist()), known.pair_costs, data.n, spent))
-        if len(done) == rounds:
-            return AdaptiveCampaign(data, plan, report, tuple(done), spent)
-        reader = Reader.fit(stack.prior, estimator, _all_outputs(data), x_transform=x_transform, embedding=reads)
-        networks = _networks(reader, data, chosen, builder=builder, embedding=reads, device=device, progress=progress,
-                             seed=child_seed(seed, _ROUND_KEY, len(done)))
-        moments = [_term_moments(chosen, networks, sets, child_seed(seed, _ROUND_KEY, len(done), 1 + level))
-                   for level, sets in enumerate(_scored(reader, data, report))]
-        known = _Known.of_rounds(stack, report, data, moments, spent, redraws=on_failure == "redraw")
+        before, known = known, known.after(_buy(stack, known, _towards(plan, known, limit), running))
+        if part == 1 and on_failure != "raise":
+            plan, known = _spend_rest(stack, known, budget, minimum, maximum, running)
+        done.append(Round(limit, tuple(before.variances.tolist()), before.pair_costs, known.data.n, known.spent))
+        if part == 1:
+            return AdaptiveCampaign(known.data, plan, report, tuple(done), known.spent)
+        known = known.measured(remeasuring.measure(known.data, report, seed=child_seed(seed, _ROUND_KEY, len(done))))
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known before a round, as `optimal_allocation` reads it."""
+    """What is known at some point of a campaign, as `optimal_allocation` reads it; costs include failed rows'."""
 
-    names: tuple[str, ...]
+    stack: LevelStack
+    report: PilotReport
+    data: MultilevelData
     variances: Array
-    costs: tuple[float, ...]
-    pair_costs: tuple[float, ...]
+    variance_draws: Array
     covariance: Array | None
     single_level_variance: float
-    variance_draws: Array
-    spent: float
-    pilot_spent: float
-    data: MultilevelData
 
     @classmethod
-    def of_pilot(cls, report: PilotReport) -> _Known:
-        return cls(report.names, report.variances, report.costs, report.pair_costs, report.covariance,
-                   report.single_level_variance, report.variance_draws, report.spent, report.spent, report.data)
+    def of_pilot(cls, stack: LevelStack, report: PilotReport) -> _Known:
+        return cls(stack, report, report.data, report.variances, report.variance_draws, report.covariance,
+                   report.single_level_variance)
 
-    @classmethod
-    def of_rounds(
-        cls, stack: LevelStack, report: PilotReport, data: MultilevelData, moments: Sequence[Moments], spent: float, *,
-        redraws: bool,
-    ) -> _Known:  # fmt: skip
-        costs = _costs(stack, data)
-        pair_costs = stack.row_costs or sum_pair_costs(costs)
-        if redraws:
-            pair_costs = tuple(cost * factor for cost, factor in zip(pair_costs, _attempts(report, data), strict=True))
-        return cls(
-            names=stack.names, variances=np.array([each.variances[-1] for each in moments]), costs=costs,
-            pair_costs=pair_costs,
+    def after(self, data: MultilevelData) -> _Known:
+        return replace(self, data=data)
+
+    def measured(self, moments: Sequence[Moments]) -> _Known:
+        return replace(
+            self, variances=np.array([each.variances[-1] for each in moments]),
+            variance_draws=np.stack([each.draws[:, -1] for each in moments], axis=1),
             covariance=None,  # no longer of one set of rows, as the variances are
             single_level_variance=float(moments[-1].covariance[-1, -1]),
-            variance_draws=np.stack([each.draws[:, -1] for each in moments], axis=1), spent=spent,
-            pilot_spent=report.spent, data=data,
-        )
+        )  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.stack.names
+
+    @property
+    def attempts(self) -> tuple[float, ...]:
+        """Rows of each level's term tried per row finished."""
+        return tuple((rows + lost) / rows if rows else 1.0
+                     for rows, lost in zip(self.data.n, self.data.failures, strict=True))
+
+    @property
+    def run_costs(self) -> tuple[float, ...]:
+        """Cost of one run of each level, declared or measured on all runs so far."""
+        if self.stack.costs is not None:
+            return self.stack.costs
+        return tuple(seconds / runs for seconds, runs in zip(self.data.seconds or (), self.data.runs, strict=True))
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        return tuple(cost * tries for cost, tries in zip(self.run_costs, self.attempts, strict=True))
+
+    @property
+    def pair_costs(self) -> tuple[float, ...]:
+        own = self.stack.row_costs or sum_pair_costs(self.run_costs)
+        return tuple(cost * tries for cost, tries in zip(own, self.attempts, strict=True))
+
+    @property
+    def pilot_spent(self) -> float:
+        return self.report.spent
+
+    @property
+    def spent(self) -> float:
+        """Cost of the pilot and of everything after it."""
+        if self.stack.costs is None or self.stack.row_costs is None:
+            return float(sum(self.data.seconds or ()))
+        before = self.report.data
+        runs = [now - then for now, then in zip(self.data.runs, before.runs, strict=True)]
+        rows = [now - then for now, then in zip(self.data.n, before.n, strict=True)]
+        lost = [now - then for now, then in zip(self.data.failures, before.failures, strict=True)]
+        pairs = [finished + failed for finished, failed in zip(rows, lost, strict=True)]
+        return self.report.spent + campaign_cost(self.stack.costs, self.stack.row_costs, runs=runs, pairs=pairs)
+
+
+def _check_affordable(
+    stack: LevelStack, budget: float, pilot_rows: int, minimum: ArrayLike, maximum: ArrayLike | None
+) -> None:
+    """Raises a `ValueError` where bounds or the budget are impossible, as far as that is known before the pilot."""
+    finest = len(stack) - 1
+    rows = np.array([pilot_rows if level in (0, finest) else 0 for level in range(len(stack))], dtype=np.float64)
+    _, lower, _ = read_bounds(minimum, maximum, rows)
+    floor = pilot_cost(stack, pilot_rows)
+    if floor is None or stack.row_costs is None:
+        return
+    if budget <= floor:
+        raise ValueError(f"Expected a budget beyond the cost of a pilot of {pilot_rows} rows, {floor:g}; got "
+                         f"{budget:g}. Raise it, or take fewer pilot rows (at least {FEWEST}).")
+    smallest = floor + float((lower - rows) @ np.array(stack.row_costs))
+    if budget < smallest:
+        raise ValueError(f"Expected a budget that buys a pilot of {pilot_rows} rows and the minimum of every level, "
+                         f"{smallest:g}; got {budget:g}. Raise it, lower minimum, or take fewer pilot rows.")
+
+
+def _buy(stack: LevelStack, known: _Known, wanted: Sequence[int], running: dict[str, Any]) -> MultilevelData:
+    """Simulates until there are so many rows, as far as rows fail no more often than they did."""
+    more = [n - have for n, have in zip(wanted, known.data.n, strict=True)]
+    tried = [math.floor(max(rows, 0) * tries) for rows, tries in zip(more, known.attempts, strict=True)]
+    dropped = known.data.failures if running["on_failure"] == "drop" else (0,) * len(stack)
+    # `simulate` counts a row that failed and was dropped as one of those asked for.
+    asked = [have + lost + rows for have, lost, rows in zip(known.data.n, dropped, tried, strict=True)]
+    return simulate(stack, asked, reuse=known.data, **running)
+
+
+def _spend_rest(
+    stack: LevelStack, known: _Known, budget: float, minimum: ArrayLike, maximum: ArrayLike | None,
+    running: dict[str, Any],
+) -> tuple[Allocation, _Known]:  # fmt: skip
+    """Buys further rows for what failed ones left of the budget, until it buys none; the plan of what there is then."""
+    while True:
+        there = np.minimum(minimum, np.maximum(known.data.n, 1))  # of what failed rows left too few there are no more
+        plan = optimal_allocation(known, budget=budget, minimum=there, maximum=maximum)
+        if plan.n == known.data.n:
+            return plan, known
+        known = known.after(_buy(stack, known, plan.n, running))
 
 
 def _towards(plan: Allocation, known: _Known, limit: float) -> tuple[int, ...]:
     """Sizes within a part of the budget, no larger than the whole one's."""
-    have = known.data.n
-    more = np.array(plan.n) - np.array(have)
+    have = np.array(known.data.n)
+    more = np.array(plan.n) - have
     left = float(more @ np.array(known.pair_costs))
     share = min(max((limit - known.spent) / left, 0.0), 1.0) if left > 0 else 0.0
-    return tuple(int(n) for n in np.maximum(np.array(have) + np.floor(share * more), 1))
-
-
-def _costs(stack: LevelStack, data: MultilevelData) -> tuple[float, ...]:
-    """Cost of one run of each level, declared or measured on all runs so far."""
-    if stack.costs is not None:
-        return stack.costs
-    return tuple(seconds / runs for seconds, runs in zip(data.seconds or (), data.runs, strict=True))
-
-
-def _pairs(report: PilotReport, data: MultilevelData) -> tuple[list[int], list[int]]:
-    """Runs of each level made beside the pilot's, and how many of them as its own term's rows."""
-    more = [now - before for now, before in zip(data.runs, report.data.runs, strict=True)]
-    pairs = [0] * len(more)
-    for level in range(len(more) - 1, -1, -1):
-        above = pairs[level + 1] if level + 1 < len(more) else 0
-        pairs[level] = more[level] - above
-    return more, pairs
-
-
-def _spent(stack: LevelStack, report: PilotReport, data: MultilevelData) -> float:
-    """Cost of the pilot and of everything after it."""
-    if stack.costs is None or stack.row_costs is None:
-        return float(sum(data.seconds or ()))
-    more, pairs = _pairs(report, data)
-    return report.spent + campaign_cost(stack.costs, stack.row_costs, runs=more, pairs=pairs)
-
-
-def _attempts(report: PilotReport, data: MultilevelData) -> list[float]:
-    """Rows of each level's term tried per row finished, beside the pilot's."""
-    _, pairs = _pairs(report, data)
-    finished = [now - before for now, before in zip(data.n, report.data.n, strict=True)]
-    return [max(tried / done, 1.0) if done > 0 else 1.0 for tried, done in zip(pairs, finished, strict=True)]
-
-
-def _all_outputs(data: MultilevelData) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Theta and outputs of every set of rows."""
-    found = [(level.theta, level.fine) for level in data.levels]
-    return found + [(level.theta, level.coarse) for level in data.levels if level.coarse is not None]
-
-
-def _networks(
-    reader: Reader, data: MultilevelData, integrand: Integrand, *, builder: DensityBuilder,
-    embedding: EmbeddingBuilder | None, seed: int, device: str | torch.device, progress: bool,
-) -> Sequence[ConditionalDensity | None]:  # fmt: skip
-    """Networks trained on the rows so far, one per fold."""
-    if not integrand.needs_network:
-        return [None]
-    levels: list[list[Rows]] = [[] for _ in data.levels]
-    for index, each in enumerate(data.levels):
-        rows = each.rows(slice(_MOST_ROWS))
-        levels[index].append(reader.rows(rows.theta, [rows.fine]))
-        if rows.coarse is not None:
-            levels[index - 1].append(reader.rows(rows.theta, [rows.coarse]))
-    states = list(train_states(reader, levels, builder=builder, embedding=embedding, seed=seed, device=device,
-                               progress=progress))
-    return states[-1][1]
-
-
-def _scored(reader: Reader, data: MultilevelData, report: PilotReport) -> list[list[Rows]]:
-    """Rows of each level's term, and the pilot's joint rows where they are of another term.
-
-    A row keeps its place in its set, and so its fold: the finest pairs begin with the joint rows.
-    """
-    found = []
-    finest = len(data.levels) - 1
-    for index, own in enumerate(data.levels):
-        sets = [own]
-        if index < finest:
-            sets.append(LevelData(report.theta, report.outputs[index], report.outputs[index - 1] if index else None))
-        few = [rows.rows(slice(_MOST_ROWS)) for rows in sets if len(rows) >= _FEWEST_SCORED]
-        found.append([reader.rows(rows.theta, [rows.fine] if rows.coarse is None else [rows.coarse, rows.fine])
-                      for rows in few])
-    return found
-
-
-def _term_moments(
-    integrand: Integrand, networks: Sequence[ConditionalDensity | None], sets: Sequence[Rows], seed: int
-) -> Moments:
-    """Moments of a term's rows, each scored by the network that has not seen it."""
-    folds = []
-    for rows in sets:
-        for fold, network in enumerate(networks):
-            own = torch.nonzero(fold_of(len(rows), len(networks)) == fold).flatten()
-            for chunk in own.tensor_split(max(1, len(own) // _CHUNK_ROWS)):
-                folds.append(compact(integrand.blocks(network, rows.rows(chunk))))
-    return measure(folds, seed=seed)
+    return plan.n if plan.cost <= limit else tuple(int(n) for n in np.maximum(have + np.floor(share * more), 1))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+
+from mlsbi.allocation.arrays import Array
 
 __all__ = ["consistency", "convergence_rates", "noise_correlation", "rows_needed", "shuffled_correlation",
            "shuffled_correlations"]
-
-Array: TypeAlias = NDArray[np.float64]
 
 _SHUFFLES = 200
 _SHUFFLED_QUANTILE = 0.95

@@ -12,16 +12,15 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from mlsbi.allocation.arrays import Array
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.training.objective import Term
 
 __all__ = ["Function", "Gradient", "Integrand", "IntegrandLike", "Loss", "Output", "Rows", "resolve_integrand"]
 
-Array: TypeAlias = NDArray[np.float64]
 IntegrandLike: TypeAlias = Literal["loss", "gradient", "output"] | Callable[[Tensor, Tensor], Any]
 
 _BLOCK_BYTES = 1 << 28  # of per-sample gradients held at once; more parameters are taken in several groups
@@ -146,8 +145,8 @@ class Function:
     r"""A function of the user's.
 
     Args:
-        function: `function(theta, x)` with theta `(n, D)` and x `(n, ...)` gives `(n,)`, or `(n, k)`, whose variances
-            are added up: scale what has other units.
+        function: `function(theta, x)` with theta `(n, D)` and x `(n, ...)`, both float64, gives `(n,)`, or `(n, k)`,
+            whose variances are added up: scale what has other units.
     """
 
     function: Callable[[Tensor, Tensor], Any]
@@ -165,7 +164,9 @@ class Function:
             ValueError: If it gives another shape, or numbers that are not finite.
         """
         with torch.no_grad():
-            found = [self._checked(self.function(rows.theta, x), len(rows)) for x in rows.outputs]
+            # In float64 before the user's arithmetic, so that small differences between levels keep their digits.
+            theta, outputs = rows.theta.double(), [x.double() for x in rows.outputs]
+            found = [self._checked(self.function(theta, x), len(rows)) for x in outputs]
         if len({values.shape for values in found}) > 1:
             raise ValueError(f"Expected the integrand to give one shape at all levels; got "
                              f"{[values.shape for values in found]}.")

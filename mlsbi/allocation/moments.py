@@ -2,16 +2,14 @@ r"""Variances, covariances and kurtosis of coupled corrections, and how well so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+
+from mlsbi.allocation.arrays import Array
 
 __all__ = ["Moments", "compact", "corrections_of", "measure"]
-
-Array: TypeAlias = NDArray[np.float64]
 
 _DRAWS = 400  # bootstrap draws: the 5% and 95% quantiles are then known to about a tenth of the interval
 _STUDENTISED = 2.0  # most that a sample's own error may differ from that of all rows, either way
@@ -29,6 +27,7 @@ class Moments:
         kurtosis: E|Y - EY|^4 / V^2 of f^0 and of each correction Y, shape `(L + 1,)`; NaN where V is zero.
         means: Length of the mean of f^0 and of each correction, shape `(L + 1,)`.
         draws: Draws of the variances, as `measure` explains, shape `(draws, L + 1)`.
+        covariance_draws: Bootstrap draws of `covariance`, shape `(draws, L + 1, L + 1)`.
     """
 
     variances: Array
@@ -36,6 +35,7 @@ class Moments:
     kurtosis: Array
     means: Array
     draws: Array
+    covariance_draws: Array
 
     @property
     def correlations(self) -> Array:
@@ -115,7 +115,8 @@ def measure(folds: Sequence[Array], *, seed: int) -> Moments:
     freedom = sum(fold.shape[1] - 1 for fold in folds)
     rows = sum(fold.shape[1] for fold in folds)
     scatter, mean = np.zeros((levels, levels)), np.zeros(levels)
-    powers, drawn = np.zeros((2, levels)), np.zeros((3, _DRAWS, levels))
+    powers, drawn = np.zeros((2, levels)), np.zeros((2, _DRAWS, levels))
+    drawn_scatter = np.zeros((_DRAWS, levels, levels))
     generator = np.random.default_rng(seed)
     for fold in folds:
         centre = fold.mean(1, keepdims=True)
@@ -124,11 +125,16 @@ def measure(folds: Sequence[Array], *, seed: int) -> Moments:
         squares = np.einsum("lnk,lnk->ln", centred, centred)
         powers += [squares.sum(1), (squares**2).sum(1)]
         mean += fold.shape[1] / rows * (centre**2).sum((1, 2))
-        drawn += _draw(centred, squares, generator)
+        for start, counts in _draw(fold.shape[1], generator):
+            these = slice(start, start + len(counts))
+            drawn_scatter[these] += _drawn_scatter(centred, counts)
+            drawn[:, these] += [counts @ squares.T, counts @ (squares**2).T]
     variances, kurtosis = np.diag(scatter) / freedom, _kurtosis(powers[0], powers[1], rows)
     joined = np.tril(np.ones((levels, levels)))  # f^l is the sum of the corrections up to l
-    return Moments(variances, joined @ (scatter / freedom) @ joined.T, kurtosis, np.sqrt(mean),
-                   _studentised(variances, kurtosis, drawn[0] / freedom, _kurtosis(drawn[1], drawn[2], rows)))
+    draws = _studentised(variances, kurtosis, np.diagonal(drawn_scatter, axis1=1, axis2=2) / freedom,
+                         _kurtosis(drawn[0], drawn[1], rows))
+    return Moments(variances, joined @ (scatter / freedom) @ joined.T, kurtosis, np.sqrt(mean), draws,
+                   joined @ (drawn_scatter / freedom) @ joined.T)
 
 
 def _kurtosis(squares: Array, fourth: Array, rows: int) -> Array:
@@ -149,19 +155,21 @@ def _studentised(variances: Array, kurtosis: Array, drawn: Array, drawn_kurtosis
     return np.asarray(variances * np.exp(-ratio * log))
 
 
-def _draw(centred: Array, squares: Array, generator: np.random.Generator) -> Array:
-    """Sums over bootstrap draws of a fold's rows, shape `(3, draws, levels)`.
-
-    Of squares around the draw's own mean, unbiased, and of second and fourth powers of distances from the fold's mean.
-    """
-    levels, n, _ = centred.shape
-    found = []
+def _draw(n: int, generator: np.random.Generator) -> Iterator[tuple[int, Array]]:
+    """How often bootstrap draws of n rows have each, `(some draws, n)`, and the number of the first of them."""
     size = max(_CHUNK_VALUES // n, 1)
     for start in range(0, _DRAWS, size):
         drawn = min(size, _DRAWS - start)
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=drawn).astype(np.float64)  # (drawn, n)
-        about = np.stack([((counts @ centred[level]) ** 2).sum(1) for level in range(levels)], axis=1) / n
-        second = counts @ squares.T
-        # Rounding leaves less than nothing where a draw repeats one value.
-        found.append(np.stack([np.maximum(second - about, 0) * n / (n - 1), second, counts @ (squares**2).T]))
-    return np.concatenate(found, axis=1)
+        yield start, generator.multinomial(n, np.full(n, 1 / n), size=drawn).astype(np.float64)
+
+
+def _drawn_scatter(centred: Array, counts: Array) -> Array:
+    """Sums of products of corrections around the draw's own means, unbiased, shape `(draws, levels, levels)`."""
+    levels, n, _ = centred.shape
+    products = np.einsum("ink,jnk->nij", centred, centred).reshape(n, -1)
+    sums = np.stack([counts @ each for each in centred])  # (levels, draws, k)
+    found = (counts @ products).reshape(-1, levels, levels) - np.einsum("idk,jdk->dij", sums, sums) / n
+    own = np.arange(levels)
+    # Rounding leaves less than nothing where a draw repeats one value.
+    found[:, own, own] = np.maximum(found[:, own, own], 0)
+    return np.asarray(found * n / (n - 1))

@@ -22,6 +22,7 @@ __all__ = ["PilotReport"]
 _KURTOSIS_LIMIT = 100.0  # above it a few rare rows decide the variance (Giles 2015, section 3.3)
 _ERROR_LIMIT = 0.5  # relative standard error of a variance, which few rows reach at a far smaller kurtosis
 _ERROR_AIM = 0.2
+_FEW_ROWS = 32  # below, a large error says more about their number than about rare ones
 _DRIFT_LIMIT = 3.0
 _LEVEL_COLUMNS = {
     "level": "level", "cost per run": "cost/run", "cost per row": "cost/row", "variance": "variance",
@@ -103,6 +104,11 @@ class PilotReport:
         return list(self.states.values())[-1].draws
 
     @property
+    def covariance_draws(self) -> np.ndarray[Any, Any]:
+        """Bootstrap draws of `covariance`, shape `(draws, L + 1, L + 1)`."""
+        return list(self.states.values())[-1].covariance_draws
+
+    @property
     def relative_errors(self) -> np.ndarray[Any, Any]:
         r"""Relative standard error of each variance, :math:`\sqrt{(\kappa - 1) / n}`; NaN where a variance is zero."""
         return np.asarray(np.sqrt(np.maximum(self.kurtosis - 1, 0) / self.n))
@@ -162,16 +168,20 @@ class PilotReport:
         """What to think about before spending the budget, in plain words."""
         found = []
         for level, name in enumerate(self.names):
-            if self.kurtosis[level] > _KURTOSIS_LIMIT or self.relative_errors[level] > _ERROR_LIMIT:
+            error = self.relative_errors[level]
+            if error > _ERROR_LIMIT and self.n < _FEW_ROWS:
+                found.append(f"{self.n} rows tell the variance of '{name}' to within {error:.0%} only: take more pilot "
+                             "rows before trusting its share.")
+            elif error > _ERROR_LIMIT or self.kurtosis[level] > _KURTOSIS_LIMIT:
                 found.append(f"A few rare rows decide the variance of '{name}' (kurtosis {self.kurtosis[level]:.0f} in "
-                             f"{self.n} rows): it is known to within {self.relative_errors[level]:.0%} at best. Take "
-                             "more pilot rows before trusting its share.")
+                             f"{self.n} rows): it is known to within {error:.0%} at best. Take more pilot rows before "
+                             "trusting its share.")
             if self.variances[level] == 0:
                 found.append(f"'{name}' adds nothing to the level below: their outputs agree on every pilot row."
                              if level else f"'{name}' does not vary on any pilot row.")
             if level:
                 found += self._pair_warnings(level)
-        if self.rates is not None and self.rates["beta"] < 0:
+        if self.rates is not None and self.rates["beta"] < 0 and self._clearly_grow():
             found.append(f"The variance of the corrections grows from level to level (beta {self.rates['beta']:.2g}): "
                          "levels in between do not lead from the cheapest to the finest.")
         # An untrained network may hardly read its inputs yet: what it calls for says little.
@@ -182,20 +192,28 @@ class PilotReport:
                          "while the network learns: spend in rounds (simulate_adaptively), or look at .sizes().")
         return tuple(found)
 
+    def _clearly_grow(self) -> bool:
+        """Whether corrections grow over the levels in 19 of 20 bootstrap draws."""
+        draws = self.variance_draws[:, 1:]
+        slopes = np.polyfit(np.arange(draws.shape[1]), np.log2(draws).T, 1)[0]
+        return bool(np.quantile(slopes, 0.05) > 0)
+
     def _pair_warnings(self, level: int) -> list[str]:
         fine, coarse, pair = self.names[level], self.names[level - 1], level - 1
         found = []
         if self.consistency[pair] > 1:
             found.append(f"The coarse halves of '{fine}' do not have the law of '{coarse}' "
                          f"(consistency {self.consistency[pair]:.2f} > 1): check how the levels share noise.")
+        noise, chance = abs(self.noise_correlations[pair]), self.noise_shuffled[pair]  # opposite is shared too
         if self.correlations[pair] <= self.shuffled[pair]:
-            found.append(f"Pairs of '{fine}' and '{coarse}' agree no better (correlation "
-                         f"{self.correlations[pair]:.2f}) than rows paired at random do (up to "
-                         f"{self.shuffled[pair]:.2f}): check that row i of both is the same theta and noise.")
-        if self.noise_correlations[pair] <= self.noise_shuffled[pair]:
+            told = (f"Pairs of '{fine}' and '{coarse}' agree no better (correlation {self.correlations[pair]:.2f} of "
+                    f"the {self.integrand}) than rows paired at random do (up to {self.shuffled[pair]:.2f}): ")
+            found.append(told + (f"their outputs do, so that it is this {self.integrand} that '{coarse}' hardly helps."
+                                 if noise > chance else "check that row i of both is the same theta and noise."))
+        if noise <= chance:
             found.append(f"'{fine}' and '{coarse}' show no shared noise: beyond what theta explains their outputs "
                          f"correlate by {self.noise_correlations[pair]:.2f}, rows paired at random by up to "
-                         f"{self.noise_shuffled[pair]:.2f}. Check that both read the same noise in the same places.")
+                         f"{chance:.2f}. Check that both read the same noise in the same places.")
         if self.costs[level] <= self.costs[level - 1]:
             found.append(f"'{fine}' was measured as no dearer than '{coarse}'.")
         return found

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mlsbi.allocation.arrays import Array
 from mlsbi.allocation.checking import consistency, convergence_rates, noise_correlation, shuffled_correlations
-from mlsbi.allocation.integrands import Array, Integrand, IntegrandLike, Loss, Rows, resolve_integrand
+from mlsbi.allocation.integrands import Integrand, IntegrandLike, Loss, Rows, resolve_integrand
 from mlsbi.allocation.moments import Moments, compact, measure
 from mlsbi.allocation.networks import Reader, fold_of, train_states
 from mlsbi.allocation.pilot_report import PilotReport
@@ -69,7 +70,7 @@ def pilot(
         integrand: What variances are of. `"loss"`: the network's loss. `"gradient"`: its gradient in the parameters,
             which training averages; the variance is the trace of its covariance. `"output"`: the simulators'
             standardised outputs, without any network. Or a function `f(theta, x)` of theta `(n, D)` and x `(n, ...)`
-            that gives `(n,)` or `(n, k)`.
+            that gives `(n,)` or `(n, k)`, in float64.
         density: The pilot network's density, as in the estimator.
         embedding: What reads the condition, as in the estimator.
         x_transform: What outputs go through before they are standardised, as in the estimator.
@@ -93,8 +94,8 @@ def pilot(
         | Multilevel Monte Carlo methods (Giles, 2015), section 3
         | https://doi.org/10.1017/S096249291500001X
     """
-    if isinstance(n, bool) or int(n) != n or n < FEWEST:
-        raise ValueError(f"Expected a whole number of at least {FEWEST} pilot rows; got {n}.")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < FEWEST:
+        raise ValueError(f"Expected a whole number of at least {FEWEST} pilot rows; got {n!r}.")
     check_device(device)
     if estimator not in ("npe", "nle"):
         raise ValueError(f'Expected estimator "npe" or "nle"; got {estimator!r}.')

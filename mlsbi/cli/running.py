@@ -432,7 +432,9 @@ def _planned(
         note = f"The rows per level, {n}, were given ({source}), not planned: no pilot was run."
     table = None
     if report is not None:
-        curves = error_curves(report, budget=plan.cost, minimum=FEWEST_ROWS) if plan is not None else ()
+        # After rounds the pilot's variances are no longer what the plan rests on.
+        curves = () if plan is None or rounds is not None else error_curves(report, budget=plan.cost,
+                                                                            minimum=FEWEST_ROWS)
         table = {"n": report.n, "spent": report.spent, "warnings": list(report.warnings),
                  "integrand": report.integrand, "table": _tabled(report.to_frame()), "sizes": _tabled(report.sizes()),
                  "curves": [asdict(curve) for curve in curves]}

@@ -146,5 +146,5 @@ def _draw_errors(results: dict[str, Any]) -> Figure:
     curves = [ErrorCurve(curve["label"], tuple(curve["levels"]), tuple(map(float, curve["budgets"])),
                          tuple(map(float, curve["errors"]))) for curve in pilot["curves"]]
     measure = " (nats, log scale)" if pilot["integrand"] == "loss" else " (log scale)"
-    return plots.errors(curves, float(results["plan"]["cost"]), unit=results["cost_unit"],
+    return plots.errors(curves, float(results["plan"]["cost"]), unit=unit_of(results),
                         label=f"standard error of the mean {pilot['integrand']}{measure}")

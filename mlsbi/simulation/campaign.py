@@ -128,7 +128,8 @@ def simulate(
     more = [max(n[level] - have[level] - gaps[level], 0) for level in range(len(stack))]
     terms = [
         make_term(stack, seed, level, slice(max(level - 1, 0), level + 1), more[level],
-                  first=_first_row(stack, seed, level, reuse, more[level]), label=names[level])
+                  first=_first_row(stack, seed, level, reuse, more[level]), label=names[level],
+                  proven=reuse is not None and len(reuse.levels[level]) > 0)
         for level in range(len(stack))
     ]
     checked = reuse is not None and reuse.checked

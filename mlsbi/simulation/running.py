@@ -122,7 +122,7 @@ def run_terms(
 
 def make_term(
     stack: LevelStack, seed: int, stream: int, levels: slice, n: int, *, first: int = 0, label: str = "",
-    source: Source | None = None,
+    source: Source | None = None, proven: bool = False,
 ) -> Term:  # fmt: skip
     r"""What `run_terms` fills in.
 
@@ -135,6 +135,7 @@ def make_term(
         first: Row of the stream to begin with.
         label: What progress and errors call it; the levels' names when left out.
         source: Draws the rows, where they are not simply those of the stream.
+        proven: Whether rows of these levels were finished elsewhere.
 
     Raises:
         ValueError: If the seed is no whole number of at least 0.
@@ -142,7 +143,7 @@ def make_term(
     chosen = tuple(range(len(stack)))[levels]
     return Term(
         levels=[stack.levels[level] for level in chosen], stream=Stream(check_seed(seed), stream, chosen),
-        source=source or RowSource(stack, seed=seed, stream=stream), n=n, first=first,
+        source=source or RowSource(stack, seed=seed, stream=stream), n=n, first=first, proven=proven,
         label=label or ", ".join(stack.names[level] for level in chosen),
     )  # fmt: skip
 

@@ -353,7 +353,7 @@ class Runner:
             self._stop(self.refuse(term, error))
             return
         enough = _ALL_FAILED if self.on_failure == "redraw" else min(_ALL_FAILED, term.n)
-        if not term.finished and term.done >= enough:
+        if not (term.finished or term.proven) and term.done >= enough:
             raise SimulationError(f"Every one of the first {term.done} rows of level '{term.label}' failed. Check the "
                                   f"simulator over the whole prior. {self._sentences(term)}", self._messages(term))
         if self.on_failure == "redraw":

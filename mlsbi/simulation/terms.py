@@ -39,6 +39,7 @@ class Term:
         n: Finished rows wanted; with gaps, rows wanted.
         first: Row of the stream to begin with.
         label: What progress and errors call it.
+        proven: Whether rows of its levels were finished elsewhere: it is not given up if its first ones fail.
     """
 
     levels: Sequence[Level]
@@ -47,6 +48,7 @@ class Term:
     n: int
     first: int = 0
     label: str = ""
+    proven: bool = False
     place: int = 0
     status: Any = None
     theta: Tensor | None = None

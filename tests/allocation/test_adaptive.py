@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlsbi import BoxPrior, Level, LevelStack, open_store, optimal_allocation, pilot, simulate
-from mlsbi.allocation import adaptive
+from mlsbi.allocation import adaptive, remeasuring
 from mlsbi.allocation.adaptive import simulate_adaptively
 from mlsbi.allocation.networks import FOLDS
 
@@ -161,7 +161,7 @@ def test_scoring_networks_have_not_seen_the_rows(monkeypatch, pilot_rows):
                     scored.append(theta.numpy().tobytes())
             yield torch.stack([x.double() for x in rows.outputs]).numpy()
 
-    monkeypatch.setattr(adaptive, "train_states", remember)
+    monkeypatch.setattr(remeasuring, "train_states", remember)
     monkeypatch.setattr(adaptive, "resolve_integrand", lambda integrand: Checked())
     campaign = simulate_adaptively(stack(), 3000, **{**OPTIONS, "pilot_rows": pilot_rows, "rounds": 2})
     assert len(set(scored)) >= sum(campaign.rounds[0].n)  # all rows are scored
@@ -186,19 +186,31 @@ def test_measured_costs_are_seconds():
     assert "seconds spent" in str(campaign)
 
 
-@pytest.mark.parametrize("on_failure", ["drop", "redraw"])
-def test_failed_rows_count_as_spent(on_failure):
-    def failing(theta, noise):
-        return torch.where(theta[:, :1] > 0.8, torch.nan, level(1)(theta, noise))
+def failing(index, share):
+    """A level that fails on a share of the rows, by their noise."""
 
-    failing_stack = LevelStack(PRIOR, noise, [Level("level 0", level(0), 1.0), Level("failing", failing, 20.0)])
-    with pytest.warns(UserWarning, match="level 0|failing"):
-        campaign = simulate_adaptively(failing_stack, 6000, on_failure=on_failure, **OPTIONS)
-    lost = campaign.data.failures[1]
-    assert 0.1 < lost / (lost + campaign.data.n[1]) < 0.3  # a fifth of the prior fails
-    # Further rows in place of failed ones are planned for, up to their random number: 4 sd of it at 21 a row.
-    slack = 0 if on_failure == "drop" else 4 * 21 * (lost**0.5)
-    assert 0.9 * 6000 < campaign.spent <= 6000 + slack
+    def simulate_level(theta, noise):
+        unlucky = torch.special.ndtr(noise[:, index: index + 1]) * 1000 % 1 < share
+        return torch.where(unlucky, torch.nan, level(index)(theta, noise))
+
+    return simulate_level
+
+
+@pytest.mark.filterwarnings("ignore:(Left out|Replaced) rows")
+@pytest.mark.parametrize("on_failure", ["drop", "redraw"])
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 0.5), (0.5, 0.0, 0.0), (0.3, 0.3, 0.3)])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_failed_rows_are_paid_for_and_what_they_leave_is_spent(on_failure, shares, rounds):
+    levels = [Level(f"level {i}", failing(i, share), cost)
+              for i, (share, cost) in enumerate(zip(shares, COSTS, strict=True))]
+    for seed in range(4):
+        campaign = simulate_adaptively(LevelStack(PRIOR, noise, levels), 6000, on_failure=on_failure,
+                                       **{**OPTIONS, "seed": seed, "rounds": rounds, "pilot_rows": 40})
+        runs = campaign.data.runs
+        assert campaign.spent == pytest.approx(sum(number * cost for number, cost in zip(runs, COSTS, strict=True)))
+        assert 0.985 * 6000 < campaign.spent <= 6000  # less than a row and its failures may be left
+        assert campaign.data.n == campaign.plan.n  # the variance it predicts is that of the rows there are
+        assert sum(campaign.data.failures) > 0
 
 
 def test_identical_levels_get_no_more_than_the_pilots_pairs():
@@ -221,14 +233,22 @@ def test_it_prints_and_makes_a_table(campaign):
     ("budget", "options", "match"),
     [
         (4000, {"rounds": 0}, "rounds"), (4000, {"rounds": 1.5}, "rounds"), (-1, {}, "positive"),
+        (4000, {"rounds": float("nan")}, "rounds"), (4000, {"pilot_rows": 16.5}, "pilot_rows"), (None, {}, "budget"),
+        ("1e4", {}, "budget"), (491, {}, "the minimum of every level, 495"), (4000, {"minimum": 1000}, "minimum"),
         (float("nan"), {}, "finite"), (400, {}, "beyond the cost of a pilot of 16 rows, 490"),
         (4000, {"integrand": "entropy"}, "integrand"), (4000, {"density": "gan"}, "density"),
-        (4000, {"maximum": 5}, "maximum"), (4000, {"pilot_rows": 4}, "pilot rows"),
+        (4000, {"maximum": 5}, "maximum"), (4000, {"pilot_rows": 4}, "pilot_rows"),
+        (4000, {"batch_size": 0}, "batch_size"), (4000, {"minimum": 0}, "minimum"),
+        (4000, {"minimum": [5, 5]}, "minimum"),
     ],
 )  # fmt: skip
-def test_bad_requests(budget, options, match):
+def test_bad_requests_cost_nothing(budget, options, match):
+    def never(theta, noise):
+        raise AssertionError("simulated")
+
+    levels = [Level(f"level {i}", never, cost) for i, cost in enumerate(COSTS)]
     with pytest.raises(ValueError, match=match):
-        simulate_adaptively(stack(), budget, **{**OPTIONS, **options})
+        simulate_adaptively(LevelStack(PRIOR, noise, levels), budget, **{**OPTIONS, **options})
 
 
 def test_nothing_is_simulated_for_a_budget_below_the_pilots(tmp_path):

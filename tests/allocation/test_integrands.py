@@ -291,3 +291,20 @@ def test_rows_stay_aligned():
     assert torch.equal(part.theta, rows.theta[[4, 1]])
     assert all(torch.equal(mine, whole[[4, 1]]) for mine, whole in zip(part.outputs, rows.outputs, strict=True))
     assert all(torch.equal(mine.fine, whole.fine[[4, 1]]) for mine, whole in zip(part.terms, rows.terms, strict=True))
+
+
+def test_functions_are_worked_out_in_float64():
+    """Differences of squares far from zero keep their digits, which float32 would lose."""
+    theta, outputs = simulations(200, shift=1e-6)
+    rows = make_reader(theta, outputs).rows(theta, outputs)
+
+    def far(theta, x):
+        assert theta.dtype == x.dtype == torch.float64
+        return (x[:, 0] + 100) ** 2
+
+    values, = Function(far).blocks(None, rows)
+    exact = [((x[:, 0].double() + 100) ** 2).numpy() for x in outputs]
+    rounded = [((x[:, 0] + 100) ** 2).double().numpy() for x in outputs]
+    variance = (exact[1] - exact[0]).var()
+    assert (values[1] - values[0]).var() == pytest.approx(variance, rel=1e-9)
+    assert (rounded[1] - rounded[0]).var() > 1.01 * variance

@@ -222,3 +222,17 @@ def test_levels_that_do_not_vary_have_no_correlation():
     assert math.isnan(found.kurtosis[0])
     assert math.isnan(found.correlations[0])
     assert abs(found.correlations[1]) <= 1
+
+
+def test_draws_of_the_covariance_are_those_of_resampled_rows():
+    """Centred on it, to four standard errors; unbiased as numpy's; as far as rows vary together."""
+    values = values_of(300)
+    found = measure([compact([values])], seed=0)
+    draws = found.covariance_draws
+    assert draws.shape == (400, 3, 3)
+    assert np.allclose(draws, draws.transpose(0, 2, 1))
+    spread = draws.std(0)
+    assert (np.abs(draws.mean(0) - found.covariance) < 4 * spread / 20).all()
+    rng = np.random.default_rng(1)
+    by_hand = np.array([np.cov(values[:, rng.integers(300, size=300), 0]) for _ in range(400)])
+    assert np.allclose(spread, by_hand.std(0), rtol=0.2)

@@ -195,12 +195,11 @@ WARNINGS = {
     "'level 0' does not vary on any pilot row": {"variances": np.array([0.0, 0.3, 0.01])},
     "The coarse halves of 'level 2' do not have the law of 'level 1' (consistency 1.20 > 1)":
         {"consistency": np.array([0.2, 1.2])},
-    "Pairs of 'level 1' and 'level 0' agree no better (correlation 0.05)": {"correlations": np.array([0.05, 0.9])},
-    "'level 2' and 'level 1' show no shared noise: beyond what theta explains their outputs correlate by -0.10":
-        {"noise_correlations": np.array([0.9, -0.1])},
+    "Pairs of 'level 1' and 'level 0' agree no better (correlation 0.05 of the loss) than rows paired at random "
+    "do (up to 0.10): their outputs do, so that it is this loss": {"correlations": np.array([0.05, 0.9])},
+    "'level 2' and 'level 1' show no shared noise: beyond what theta explains their outputs correlate by -0.05":
+        {"noise_correlations": np.array([0.9, -0.05])},
     "'level 1' was measured as no dearer than 'level 0'": {"costs": (2.0, 2.0, 9.0), "cost_unit": "seconds"},
-    "The variance of the corrections grows from level to level (beta -0.5)":
-        {"rates": {"alpha": 1.0, "beta": -0.5, "gamma": 1.0}},
 }  # fmt: skip
 
 
@@ -218,11 +217,32 @@ def test_each_warning_is_about_its_own_number(said):
         {"consistency": np.array([0.99, 1.0])}, {"noise_correlations": np.full(2, math.nan)},
         {"correlations": np.full(2, math.nan), "shuffled": np.full(2, math.nan)},
         {"rates": {"alpha": math.nan, "beta": math.nan, "gamma": math.nan}}, {"rates": None},
-        {"noise_correlations": np.full(2, 0.2)}, {"correlations": np.full(2, 0.2)},
+        {"noise_correlations": np.full(2, 0.2)}, {"noise_correlations": np.full(2, -0.9)},
+        {"correlations": np.full(2, 0.2)},
     ],
 )  # fmt: skip
 def test_what_is_just_right_or_unknown_is_no_warning(change):
     assert make(**change).warnings == ()
+
+
+def test_rows_that_are_not_paired_are_named():
+    found = make(correlations=np.array([0.05, 0.9]), noise_correlations=np.array([0.05, 0.9])).warnings
+    assert len(found) == 2
+    assert "check that row i of both is the same theta and noise" in found[0]
+
+
+def test_few_rows_are_not_called_rare_ones():
+    found, = make(n=20, kurtosis=np.array([3.0, 3.0, 9.0])).warnings
+    assert "20 rows tell the variance of 'level 2' to within 63% only" in found
+
+
+@pytest.mark.parametrize(("n", "steps", "warned"), [
+    (200, (2.0, 0.2, 0.4), True), (200, (2.0, 0.4, 0.2), False),
+    (16, (2.0, 0.2, 0.22), False),  # beta below 0, by chance as far as 16 rows know
+])  # fmt: skip
+def test_corrections_that_clearly_grow_are_a_warning(n, steps, warned):
+    report = make(moving(steps, n=n), n=n)
+    assert any("grows from level to level" in warning for warning in report.warnings) == warned
 
 
 def test_sizes_that_move_are_a_warning():

@@ -388,3 +388,77 @@ def test_a_fixed_data_set_cannot_be_planned(camels_folder, capsys):
     assert "fixed data set" in capsys.readouterr().err
     assert main(["run", "camels", "--data", str(camels_folder), "--budget", "10"]) == 2
     assert "--n" in capsys.readouterr().err
+
+
+FAILING_STACK = '''
+import torch
+from mlsbi import BoxPrior, Level, LevelStack
+
+FAILS = {fails}
+
+def low(theta, noise):
+    return theta + 0.1 * noise
+
+def high(theta, noise):
+    x = theta + 0.1 * noise + 0.02 * noise.sin()
+    return torch.where(theta > 0.9, torch.nan, x) if FAILS else x
+
+stack = LevelStack(BoxPrior([0.0], [1.0]), lambda n, generator: torch.randn(n, 1, generator=generator),
+                   [Level("low", low, 1.0), Level("high", high, 50.0)])
+'''
+
+
+@pytest.mark.filterwarnings("ignore:(Left out|Replaced) rows")
+def test_plan_says_what_levels_are_worth_within_the_budget_and_goes_on_after_a_repair(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    file, out = tmp_path / "mine.py", tmp_path / "plan"
+    arguments = ["plan", f"{file}:stack", "--budget", "9000", "--pilot", "60", "--integrand", "output", "--verdict",
+                 "--quiet", "--out", str(out)]
+    file.write_text(FAILING_STACK.format(fails=True))
+    assert main([*arguments, "--on-failure", "drop"]) == 0
+    told = capsys.readouterr().out
+    assert "low: worth it" in told
+    file.write_text(FAILING_STACK.format(fails=False))
+    assert main([*arguments, "--accept-code", "--retry-failed"]) == 0
+    told = capsys.readouterr().out
+    assert "Of the budget, 60 go to repeats of the cheap levels for the verdict." in told
+    assert re.search(r"^cost 8940 ", told, flags=re.MULTILINE)
+    assert "60 joint rows" in told
+    assert (out / "errors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    (["--pilot", "10"], "--pilot of at least"), (["--pilot", "60", "--budget", "10"], "does not reach beyond"),
+])  # fmt: skip
+def test_a_verdict_that_cannot_be_given_costs_nothing(tmp_path, capsys, options, match):
+    pytest.importorskip("sklearn")
+    arguments = ["plan", "ou2", "--budget", "1e5", "--verdict", *options, "--out", str(tmp_path / "plan")]
+    assert main(arguments) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_verdict_needs_a_cheap_level(tmp_path, capsys):
+    file = tmp_path / "one.py"
+    file.write_text(FAILING_STACK.format(fails=False).replace('Level("low", low, 1.0), ', ""))
+    assert main(["plan", f"{file}:stack", "--budget", "1e5", "--verdict", "--out", str(tmp_path / "plan")]) == 2
+    assert "two levels at least" in capsys.readouterr().err
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_budget_is_spent_in_rounds(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["run", "ou", "--budget", "4000", "--rounds", "2", "--pilot", "16", "--integrand", "output", "--tests",
+                 "10", "--draws", "50", "--out", str(out), *QUICK]
+    assert main(arguments) == 0
+    assert "spent in a pilot and 2 rounds" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    rounds = results["rounds"]
+    assert [row[rounds["columns"].index("round")] for row in rounds["rows"]] == [1, 1, 2, 2]
+    assert results["spent"]["cost"] <= 4000
+    assert results["plan"]["n"] == results["spent"]["n"]
+    page = (out / "report.html").read_text()
+    assert "The rounds" in page
+    assert "standardised outputs" in page
+    assert main(["run", "ou", "--n", "40,6", "--rounds", "2", "--out", str(tmp_path / "x")]) == 2
+    assert "--budget beside --rounds" in capsys.readouterr().err
