@@ -12,17 +12,15 @@ from mlsbi.allocation.solution import Solution
 __all__ = ["best_subset", "give_advice"]
 
 _WORTH_SAYING = 0.01  # relative gain
+_FELT = 0.001  # the same of bounds, which are the user's own
 
 
-def give_advice(
-    problem: Problem, found: Solution, speedup: Array | None, minimum: Array
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def give_advice(problem: Problem, found: Solution, minimum: Array) -> tuple[tuple[str, ...], tuple[str, ...]]:
     r"""Puts the active bounds and the advice into words.
 
     Args:
-        problem: The numbers that were allocated.
+        problem: The numbers that were allocated; advice is in the user's units, not in its own.
         found: The sizes found.
-        speedup: Against plain Monte Carlo, shape `(K,)`, or `None`.
         minimum: Least rows as the user gave them, shape `(L + 1,)`.
 
     Returns:
@@ -36,7 +34,7 @@ def give_advice(
     words = {i: f"{bound[i]} on {problem.place(i)}" for i in sorted(bound)}
     sentences = [*_useless(problem, found), *_bounded(found, words), *_subsets(problem, found)]
     sentences += _gained(problem, found) if found.weighted else _possible(problem, found)
-    sentences += [*_against_plain(problem, found, speedup), *_unreached(problem, found), _doubled(problem, found)]
+    sentences += [*_against_plain(problem, found), *_unreached(problem, found), _doubled(problem, found)]
     return tuple(words.values()), tuple(sentences)
 
 
@@ -101,6 +99,8 @@ def _bounded(found: Solution, words: dict[int, str]) -> list[str]:
     if isinstance(goal, BudgetGoal):
         free = float(np.sqrt(goal.weights * goal.costs).sum()) ** 2 / goal.limit
         reached = float((goal.weights / goal.continuous()).sum())
+        if free > reached * (1 - _FELT):
+            return []
         same = ", with the same control-variate weights," if found.weighted else ""
         sentence += f"; without them{same} the variance would be {1 - free / reached:.2%} lower"
     return [sentence + "."]
@@ -116,13 +116,25 @@ def _subsets(problem: Problem, found: Solution) -> list[str]:
     unit = ""
     if found.weighted:
         whole, unit = float(np.sqrt(goal.weights * goal.costs).sum()) ** 2, " at unit weights"
+    large = f"At large budgets{_unbounded(goal)}"
     if len(subset) == len(problem.names) or best >= whole:
-        return [f"No subset of the levels{unit} beats all of them together."]
+        return [f"{large} no subset of the levels{unit} beats all of them together."]
+    if best > whole * (1 - _WORTH_SAYING):
+        return [f"{large} no subset of the levels{unit} beats all of them together by {_WORTH_SAYING:.0%}."]
     kept = ", ".join(problem.place(i) for i in subset)
+    # Several outputs, each with its weight, have no unit.
+    scale, over = problem.cost_unit, " over all outputs"
+    if len(goal.outputs) == 1:
+        scale, over = scale * (problem.variance_unit[0] / goal.outputs[0]).item(), ""
     return [
-        f"The best subset of the levels{unit} is {kept}: S^2 = {best:.6g}, not {whole:.6g}, "
-        f"so {1 - best / whole:.1%} less variance at the same cost."
+        f"{large} the best subset of the levels{unit} is {kept}: S^2 = {best * scale:.6g}, not {whole * scale:.6g}, "
+        f"so {1 - best / whole:.1%} less variance{over} at the same cost."
     ]
+
+
+def _unbounded(goal: Goal) -> str:
+    r"""What to say where bounds are left out; a minimum alone is met by any large budget."""
+    return " and without the maximum" if np.isfinite(goal.upper).any() else ""
 
 
 def _possible(problem: Problem, found: Solution) -> list[str]:
@@ -135,25 +147,31 @@ def _possible(problem: Problem, found: Solution) -> list[str]:
             where = f" for output {k}" if problem.several else ""
             sentences.append(
                 f"With control-variate weights a = {_listed(weights)} the same rows would reach variance "
-                f"{variance:.6g}{where}, {1 - variance / found.variance[k]:.1%} less."
+                f"{variance * problem.variance_unit[k]:.6g}{where}, {1 - variance / found.variance[k]:.1%} less."
             )
     return sentences
 
 
 def _gained(problem: Problem, found: Solution) -> list[str]:
     r"""What control-variate weights, and sizes that suit them, gain."""
+    if len(problem.names) == 1:
+        return []
     weights = "Control-variate weights"
     if found.weights is not None and not problem.several:
         weights += f" a = {_listed(found.weights[0])}"
     if found.unit is None:
         return [f"{weights} reach the target variance; unit weights do not, within the maximum."]
-    if isinstance(found.goal, TargetGoal):
-        return [f"{weights} cost {1 - found.cost / found.unit.cost:.1%} less than unit weights for the same target."]
-    if found.unit.combined == 0:
+    for_target = isinstance(found.goal, TargetGoal)
+    now, before = (found.cost, found.unit.cost) if for_target else (found.combined, found.unit.combined)
+    if before == 0:
         return []
-    less = f"{1 - found.combined / found.unit.combined:.1%} less variance"
+    gain = 1 - now / before
+    if gain < _WORTH_SAYING:
+        return [f"{weights} gain less than {_WORTH_SAYING:.0%} over unit weights."]
+    if for_target:
+        return [f"{weights} cost {gain:.1%} less than unit weights for the same target."]
     over = " over all outputs" if problem.several else ""
-    return [f"{weights} reach {less}{over} than unit weights at the same budget."]
+    return [f"{weights} reach {gain:.1%} less variance{over} than unit weights at the same budget."]
 
 
 def _listed(weights: Array) -> str:
@@ -169,17 +187,34 @@ def _unreached(problem: Problem, found: Solution) -> list[str]:
     ]
 
 
-def _against_plain(problem: Problem, found: Solution, speedup: Array | None) -> list[str]:
-    if speedup is None:
+def _against_plain(problem: Problem, found: Solution) -> list[str]:
+    r"""Where plain Monte Carlo is better: whole rows for what is not yet spent, beside those that exist already."""
+    single = problem.single_level_variance
+    if single is None or problem.costs is None or len(problem.names) == 1:
         return []
+    goal, cost, already = found.goal, float(problem.costs[-1]), problem.rows[-1]
+    total = goal.limit if isinstance(goal, BudgetGoal) else float(found.n @ goal.costs)
+    left = total * (1 + goal.tolerance) - float(problem.rows @ goal.costs)
+    n = min(already + np.floor(left / cost), goal.upper[-1])
+    if n < 1:
+        return []
+    runs = f"n = {n:.0f}" + (f" ({already:.0f} of them already there)" if already else "")
+    moving = goal.weights > 0
+    stack = (goal.variances[:, moving] / goal.rates[moving]).sum(axis=1) * float(goal.costs @ goal.rates)
     sentences = []
-    finest = problem.place(len(problem.names) - 1)
-    for k in np.flatnonzero(speedup < 1).tolist():
+    for k in np.flatnonzero(single / n < found.variance * (1 - _WORTH_SAYING)).tolist():
         where = f" for output {k}" if problem.several else ""
-        sentences.append(
-            f"Plain Monte Carlo on {finest} alone beats this stack{where}: "
-            f"for the same cost its variance is {speedup[k] * found.variance[k]:.6g}, not {found.variance[k]:.6g}."
+        here, there = (float(v * problem.variance_unit[k]) for v in (found.variance[k], single[k] / n))
+        sentence = (
+            f"Plain Monte Carlo on {problem.place(len(problem.names) - 1)} alone beats this stack{where}: "
+            f"for the same cost, {runs}, its variance is {there:.6g}, not {here:.6g}"
         )
+        gain = 1 - stack[k] / (single[k] * cost) if single[k] > 0 else -np.inf
+        if gain >= _WORTH_SAYING:
+            sentence += f"; at large budgets{_unbounded(goal)} the levels win, with {gain:.1%} less variance"
+        elif gain > -_WORTH_SAYING:
+            sentence += f"; at large budgets{_unbounded(goal)} the two are alike"
+        sentences.append(f"{sentence}.")
     return sentences
 
 
@@ -190,10 +225,10 @@ def _doubled(problem: Problem, found: Solution) -> str:
     larger = BudgetGoal(goal.costs, goal.variances, goal.outputs, goal.lower, goal.upper, total - past)
     now = found.combined
     then = float((goal.weights / larger.continuous()).sum())
-    sentence = f"Doubling the {what} to {total:.6g} would"
+    sentence = f"Doubling the {what} to {total * problem.cost_unit:.6g} would"
     if then >= now:
         return f"{sentence} change nothing: bounds or zero variances hold every level."
     sentence += f" multiply the variance by {then / now:.4g}"
     if problem.several:
         return f"{sentence}, over all outputs."
-    return f"{sentence}, to {found.variance[0] * then / now:.6g}."
+    return f"{sentence}, to {found.variance[0] * then / now * problem.variance_unit[0]:.6g}."

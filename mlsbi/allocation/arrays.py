@@ -62,6 +62,9 @@ def read_counts(name: str, values: object, levels: int, *, least: int) -> Array:
     if not (whole | allowed).all():
         raise ValueError(
             f"Expected {name} to be whole numbers of at least {least}; got {values!r}. "
-            + ("Every level needs a row: leave a level out of the stack to skip it." if least else "Count the rows.")
+            + {
+                "minimum": "Every level needs a row: leave a level out of the stack to skip it.",
+                "maximum": "Every level needs a row; None stands for no maximum.",
+            }.get(name, "Count the rows.")
         )
     return np.broadcast_to(array, (levels,)).copy()

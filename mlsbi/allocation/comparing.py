@@ -114,15 +114,10 @@ def _level_sets(problem: Problem) -> list[tuple[str, tuple[int, ...]]]:
     every = tuple(range(finest + 1))
     sets = [("all levels", every)]
     if finest > 1:  # of two levels, leaving one out leaves the finest alone
-        sets += [(f"without {_name(problem, out)}", every[:out] + every[out + 1 :]) for out in every[:-1]]
+        sets += [(f"without {problem.label(out)}", every[:out] + every[out + 1 :]) for out in every[:-1]]
     if finest > 0:
-        sets.append((f"{_name(problem, finest)} alone", (finest,)))
+        sets.append((f"{problem.label(finest)} alone", (finest,)))
     return sets
-
-
-def _name(problem: Problem, level: int) -> str:
-    name = problem.names[level]
-    return f"level {level}" if name == str(level) else name
 
 
 def _terms(levels: tuple[int, ...]) -> list[tuple[int | None, int]]:

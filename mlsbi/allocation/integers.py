@@ -12,6 +12,7 @@ __all__ = ["best_integers"]
 
 # Entries of the largest table an exact search may build (about a millisecond of work).
 _EXACT_LIMIT = 60_000
+_MOST = 2.0**53  # from here on float64 leaves whole numbers out
 
 
 def best_integers(goal: Goal) -> Array:
@@ -27,6 +28,9 @@ def best_integers(goal: Goal) -> Array:
 
     Returns:
         Shape `(L + 1,)`, whole numbers within the bounds.
+
+    Raises:
+        ValueError: If there are more than can be counted.
     """
     # Equals are told apart by their place: with the levels in one order, a permuted problem has a permuted answer.
     order = np.lexsort((goal.upper, goal.lower, goal.weights, goal.costs))
@@ -37,6 +41,11 @@ def best_integers(goal: Goal) -> Array:
 
 def _best_integers(goal: Goal) -> Array:
     continuous = goal.continuous()
+    if continuous.max() >= _MOST:
+        raise ValueError(
+            f"Expected to need fewer than 2**53 rows of each level; got {continuous.max():.6g} of one. "
+            "Pass a smaller budget or minimum, a larger target variance, or a maximum."
+        )
     if ((continuous == goal.upper) | (goal.weights == 0)).all():
         return continuous
     start = np.stack([np.clip(goal.safe(continuous), goal.lower, goal.upper), _round_in_turn(goal)])

@@ -12,6 +12,9 @@ from mlsbi.allocation.problem import Problem
 
 __all__ = ["read_bounds", "read_budget", "read_targets"]
 
+# Of a budget over the largest cost, and of a variance over a target: far more rows than can be counted.
+_FARTHEST = 1e90
+
 
 def read_bounds(minimum: ArrayLike, maximum: ArrayLike | None, rows: Array) -> tuple[Array, Array, Array]:
     r"""Reads bounds on sizes; rows that exist are lower bounds too.
@@ -27,36 +30,42 @@ def read_bounds(minimum: ArrayLike, maximum: ArrayLike | None, rows: Array) -> t
     lower = np.maximum(least, rows)
     if maximum is None:
         return least, lower, np.full(levels, np.inf)
-    if isinstance(maximum, (list, tuple)):
-        maximum = [math.inf if value is None else value for value in maximum]
-    upper = read_counts("maximum", maximum, levels, least=1)
+    given = np.array(maximum, dtype=object).tolist()  # in float64, None would be NaN
+    if isinstance(given, list):
+        given = [math.inf if value is None else value for value in given]
+    upper = read_counts("maximum", given, levels, least=1)
     for i in range(levels):
         if lower[i] > upper[i]:
-            what = "the minimum" if least[i] > upper[i] else "the rows that exist already"
+            over = least[i] > upper[i]
+            what = f"the minimum, {least[i]:.0f}" if over else f"the rows that exist already, {lower[i]:.0f}"
             raise ValueError(
-                f"Expected a maximum on level {i} of at least {what}, {lower[i]:.0f}; got {upper[i]:.0f}. "
-                "Raise the maximum" + (" or lower the minimum." if least[i] > upper[i] else ".")
+                f"Expected a maximum on level {i} of at least {what}; got {upper[i]:.0f}. "
+                "Raise the maximum" + (" or lower the minimum." if over else ".")
             )
     return least, lower, upper
 
 
 def read_budget(budget: float, problem: Problem, smallest: float) -> float:
-    r"""Reads a budget and refuses one below `smallest`.
+    r"""Reads a budget and refuses one below `smallest`, which has the problem's unit, as what is returned.
 
     Raises:
         ValueError: If the budget cannot buy the least sizes; the message names the smallest that can.
     """
-    value = read_numbers("budget", budget, (), zero=False).item()
+    given = read_numbers("budget", budget, (), zero=False).item()
+    unit = problem.cost_unit
+    value = given / unit
     if value < problem.sunk * (1 - 1e-14):  # not for one unit of rounding in a sum of costs
         raise ValueError(
-            f"Expected a budget that includes the {problem.sunk!r} already spent; got {value!r}. "
-            f"Raise it to at least {smallest!r}."
+            f"Expected a budget that includes the {problem.sunk * unit!r} already spent; got {given!r}. "
+            f"Raise it to at least {smallest * unit!r}."
         )
     if value < smallest * (1 - 1e-14):
         raise ValueError(
-            f"Expected a budget that buys the minimum of every level; got {value!r}. "
-            f"The smallest feasible budget is {smallest!r}: raise it, or lower minimum."
+            f"Expected a budget that buys the minimum of every level; got {given!r}. "
+            f"The smallest feasible budget is {smallest * unit!r}: raise it, or lower minimum."
         )
+    if value > _FARTHEST:
+        raise ValueError(f"Expected a budget below 1e90 rows of the dearest level; got {given!r}. Lower it.")
     return value
 
 
@@ -65,7 +74,7 @@ def read_targets(target: ArrayLike, problem: Problem, variances: Array, upper: A
 
     Args:
         target: As given.
-        problem: What it is for.
+        problem: What it is for, and what has the unit of all that follows.
         variances: Variances of the corrections, shape `(K, L + 1)`.
         upper: Largest sizes or infinity, shape `(L + 1,)`.
 
@@ -78,15 +87,23 @@ def read_targets(target: ArrayLike, problem: Problem, variances: Array, upper: A
     outputs = len(problem.variances)
     given = read_array("target_variance", target)
     shape = (outputs,) if problem.several and given.ndim else ()
-    targets = np.broadcast_to(read_numbers("target_variance", given, shape, zero=False), (outputs,)).copy()
+    given = np.broadcast_to(read_numbers("target_variance", given, shape, zero=False), (outputs,))
+    with np.errstate(over="ignore"):
+        targets = given / problem.variance_unit
     reachable = (variances / upper).sum(axis=1)
     attained = (np.isfinite(upper) | (variances == 0)).all(axis=1)
     for k in range(outputs):
         if reachable[k] > targets[k] * (1 + 1e-14) or (not attained[k] and reachable[k] >= targets[k]):
             where = f" of output {k}" if problem.several else ""
             least = "The smallest reachable is" if attained[k] else "Reachable is all above"
+            smallest = reachable[k].item() * problem.variance_unit[k].item()
             raise ValueError(
-                f"Expected a target variance{where} that maximum allows; got {targets[k].item()!r}. "
-                f"{least} {reachable[k].item()!r}: raise it, or raise maximum."
+                f"Expected a target variance{where} that maximum allows; got {given[k].item()!r}. "
+                f"{least} {smallest!r}: raise it, or raise maximum."
             )
-    return targets
+        if targets[k] * _FARTHEST < 1 and variances[k].any():
+            raise ValueError(
+                f"Expected target variances above 1e-90 of the largest variance; got {given[k].item()!r}. Raise it."
+            )
+    # Beyond, a target asks for nothing, and products would overflow.
+    return np.clip(targets, 1 / _FARTHEST, _FARTHEST)

@@ -34,8 +34,8 @@ class Allocation:
         unspent: What is left of the budget; 0 where a target was given.
         single_level_variance: Var f^L; `None` if unknown.
         speedup: `single_level_variance * C_L / (variance * sum(n * pair_costs))`: how many times larger the variance
-            of plain Monte Carlo on the finest level is, at the cost of these rows. `None` if Var f^L or C_L, the cost
-            of one finest run, is unknown, or the predicted variance is zero.
+            of plain Monte Carlo on the finest level is, at the cost of these rows, be it a whole number of runs or not.
+            `None` if Var f^L or C_L, the cost of one finest run, is unknown, or the predicted variance is zero.
         binding: Bounds that keep `continuous` from the unbounded optimum, in words.
         advice: Sentences worth reading before spending anything.
         names: Level names.
@@ -141,7 +141,7 @@ def optimal_allocation(
         variances_or_report: Variance of each level's correction, level 0's own first, shape `(L + 1,)`, or
             `(outputs, L + 1)`; or a pilot's report in place of every number but the goal and the bounds.
         costs: Cost of one simulation of each level, any unit, shape `(L + 1,)`. A row of level l costs
-            `costs[i] + costs[l - 1]`.
+            `costs[l] + costs[l - 1]`.
         budget: Total cost, in the unit of `costs`; it includes what `spent` or the report's pilot cost. With several
             outputs the sum of their variances, each relative to its first level's, is minimised (relative to its
             largest where the first is zero).
@@ -167,8 +167,9 @@ def optimal_allocation(
     Raises:
         ValueError: If not exactly one of `budget` and `target_variance` is given, a variance is negative, a cost not
             positive, anything not finite, shapes disagree, the budget cannot buy the least rows (the message names
-            the smallest that can), `maximum` keeps the target out of reach (the message names what it allows),
-            variances and covariance contradict each other, or optimal weights are asked for without a covariance.
+            the smallest that can), `maximum` keeps the target out of reach (the message names what it allows), a
+            level would need 2**53 rows or more, variances and covariance contradict each other, or optimal weights
+            are asked for without a covariance.
 
     References:
         | Multilevel Monte Carlo methods (Giles, 2015), section 1.3
@@ -185,7 +186,7 @@ def optimal_allocation(
             0  8         1     8         4  50.0%
             1  2         4     8         1  50.0%
         cost 16, unspent 0, predicted variance 1, speed-up over high-only 0.75
-        - Plain Monte Carlo on level 1 alone beats this stack: for the same cost its variance is 0.75, not 1.
+        - Plain Monte Carlo on level 1 alone beats this stack: for the same cost, n = 5, its variance is 0.8, not 1.
         - Doubling the budget to 32 would multiply the variance by 0.5, to 0.5.
         >>> joint = [[1.0, 0.5], [0.5, 1.0]]
         >>> plan = optimal_allocation([1, 1], pair_costs=[4, 4800], budget=14640, covariance=joint, weights="optimal")
@@ -194,33 +195,34 @@ def optimal_allocation(
     """
     if weights not in ("unit", "optimal"):
         raise ValueError(f'Expected weights "unit" or "optimal"; got {weights!r}. Pass one of them.')
-    problem = read_problem(variances_or_report, costs, pair_costs, spent, single_level_variance, covariance)
+    given = read_problem(variances_or_report, costs, pair_costs, spent, single_level_variance, covariance)
+    problem = given.scaled()
     least, lower, upper = read_bounds(minimum, maximum, problem.rows)
     found = solve(problem, lower, upper, budget=budget, target=target_variance, weighted=weights == "optimal")
-    n, variance = found.n, found.variance
-    speedup = _speedup(problem, n, variance)
-    binding, advice = give_advice(problem, found, speedup, least)
+    n, unit, interval = found.n, problem.variance_unit, found.interval
+    binding, advice = give_advice(problem, found, least)
     parts = found.variances / n
-    share = parts / np.maximum(parts.sum(axis=1, keepdims=True), 1e-300)
-    interval = found.interval
+    whole = parts.sum(axis=1, keepdims=True)
+    share = parts / np.where(whole > 0, whole, 1)
+    cost = found.cost * problem.cost_unit
     return Allocation(
         n=tuple(int(v) for v in n),
         continuous=tuple(found.goal.continuous().tolist()),
-        cost=found.cost,
-        variance=_each(variance, problem),
-        unspent=0.0 if budget is None else float(budget) - found.cost,
-        single_level_variance=_each(problem.single_level_variance, problem),
-        speedup=_each(speedup, problem),
+        cost=cost,
+        variance=_each(found.variance * unit, problem),
+        unspent=0.0 if budget is None else float(budget) - cost,
+        single_level_variance=_each(given.single_level_variance, problem),
+        speedup=_each(_speedup(problem, n, found.variance), problem),
         binding=binding,
         advice=advice,
         names=problem.names,
-        pair_costs=tuple(problem.pair_costs.tolist()),
-        variances=_each(found.variances, problem),
+        pair_costs=tuple(given.pair_costs.tolist()),
+        variances=_each(found.variances * unit[:, None], problem),
         shares=tuple(share.mean(axis=0).tolist()),
         rows=tuple(int(v) for v in problem.rows),
-        overhead=max(problem.sunk - float(problem.rows @ problem.pair_costs), 0.0),
+        overhead=max(given.sunk - float(given.rows @ given.pair_costs), 0.0),
         weights=_each(found.weights, problem),
-        weighted_variance=_each(found.weighted_variance, problem),
+        weighted_variance=_each(None if found.weighted_variance is None else found.weighted_variance * unit, problem),
         interval=None if interval is None else tuple((int(low), int(high)) for low, high in interval.T),
     )
 

@@ -3,7 +3,7 @@ r"""Turns what a user gives `optimal_allocation`, numbers or a pilot's report, i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -75,6 +75,8 @@ class Problem:
         rows: Rows that exist already, shape `(L + 1,)`.
         sunk: Cost of everything that has been run already.
         draws: Bootstrap draws of the variances of one output, shape `(draws, L + 1)`, or `None`.
+        variance_unit: What variances of each output are multiples of, shape `(K,)`.
+        cost_unit: What costs are multiples of.
     """
 
     variances: Array
@@ -87,11 +89,41 @@ class Problem:
     rows: Array
     sunk: float
     draws: Array | None
+    variance_unit: Array
+    cost_unit: float = 1.0
+
+    def scaled(self) -> Problem:
+        r"""The same problem in units of about its largest variance and its largest cost, whose products are finite.
+
+        They are powers of four, so no digit of a sum, a product or a square root changes.
+        """
+        largest = self.variances.max(axis=1)
+        if self.covariance is not None:
+            largest = np.maximum(largest, np.diagonal(self.covariance, axis1=1, axis2=2).max(axis=1))
+        unit, cost = _power_of_four(largest), _power_of_four(self.pair_costs.max()).item()
+        single = self.single_level_variance
+        return replace(
+            self,
+            variances=self.variances / unit[:, None],
+            pair_costs=self.pair_costs / cost,
+            costs=None if self.costs is None else self.costs / cost,
+            covariance=None if self.covariance is None else self.covariance / unit[:, None, None],
+            single_level_variance=None if single is None else single / unit,
+            sunk=self.sunk / cost,
+            draws=None if self.draws is None else self.draws / unit,
+            variance_unit=self.variance_unit * unit,
+            cost_unit=self.cost_unit * cost,
+        )
+
+    def label(self, level: int) -> str:
+        r"""A level's name, or its number if it has none."""
+        name = self.names[level]
+        return f"level {level}" if name == str(level) else name
 
     def place(self, level: int) -> str:
         r"""A level's number, and its name if it has one."""
-        name = self.names[level]
-        return f"level {level}" if name == str(level) else f"level {level} ({name})"
+        number, label = f"level {level}", self.label(level)
+        return number if label == number else f"{number} ({label})"
 
     def cost(self, n: Array) -> float:
         r"""Total cost of sizes `n`, what has been run already included."""
@@ -113,7 +145,11 @@ class Problem:
         if coarse is None:
             return own
         difference = own + self.covariance[:, coarse, coarse] - 2 * self.covariance[:, fine, coarse]
-        return np.maximum(difference, 0)
+        # Rounding, where the two hardly differ: but standard deviations of differences obey the triangle inequality.
+        steps = np.sqrt(self.variances[:, coarse + 1 : fine + 1])
+        farthest = steps.sum(axis=1)
+        nearest = np.maximum(2 * steps.max(axis=1) - farthest, 0)
+        return np.clip(difference, nearest**2, farthest**2)
 
 
 def read_problem(
@@ -199,9 +235,16 @@ def read_problem(
         rows=rows,
         sunk=float(rows @ pairs) if sunk is None else sunk,
         draws=None if draws is None else _draws(draws, variances.shape),
+        variance_unit=np.ones(outputs),
     )
-    _check_agreement(problem)
+    _check_agreement(problem.scaled())
     return problem
+
+
+def _power_of_four(values: Array) -> Array:
+    r"""The largest power of four not above each value; 1 for 0."""
+    exponents = np.frexp(values)[1] - 1
+    return np.where(values > 0, np.ldexp(1.0, exponents - exponents % 2), 1.0)
 
 
 def _draws(values: object, shape: tuple[int, ...]) -> Array:
@@ -226,9 +269,10 @@ def _check_agreement(problem: Problem) -> None:
     if len(wrong):
         output, level = (int(i) for i in wrong[0])
         of = f" of output {output}" if problem.several else ""
+        given, says = (float(v[output, level] * problem.variance_unit[output]) for v in (problem.variances, implied))
         raise ValueError(
             f"Expected variances and covariance to agree; for {problem.place(level)}{of} the variance is "
-            f"{problem.variances[output, level]:.6g}, and the covariance says {implied[output, level]:.6g}. "
+            f"{given:.6g}, and the covariance says {says:.6g}. "
             "Measure both on the same rows, with the same divisor."
         )
 

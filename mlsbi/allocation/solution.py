@@ -61,9 +61,17 @@ def solve(
 ) -> Solution:
     r"""Finds the best sizes within bounds for a budget or target variances, and the best weights for them.
 
+    Args:
+        problem: Scaled, as the solution is.
+        lower: Least sizes, shape `(L + 1,)`.
+        upper: Largest sizes or infinity, shape `(L + 1,)`.
+        budget: As the user gave it, not scaled.
+        target: As the user gave it, not scaled.
+        weighted: Whether the estimator has the best weights.
+
     Raises:
-        ValueError: If not exactly one of budget and target is given, it is out of reach, or weights are asked for
-            without a covariance.
+        ValueError: If not exactly one of budget and target is given, it is out of reach, it needs more rows than can
+            be counted, or weights are asked for without a covariance.
     """
     coupling = Coupling.read(problem)
     if not weighted:
@@ -140,7 +148,7 @@ def _measure(problem: Problem, goal: Goal, n: Array, variances: Array, budget: f
     cost, variance = problem.cost(n), (variances / n).sum(axis=1)
     # What exceeds a limit by rounding alone is the limit: callers may compare without a tolerance.
     if budget is not None:
-        cost = min(cost, float(budget))
+        cost = min(cost, float(budget) / problem.cost_unit)
     if isinstance(goal, TargetGoal):
         variance = np.minimum(variance, goal.targets)
     return Solution(goal, n, variances, variance, cost, None, None)

@@ -61,6 +61,12 @@ class TestCurves:
         curves = error_curves(term_variances(f), [1, 4, 16], covariance=np.cov(f), budgets=[1000])
         assert [curve.label for curve in curves[1:]] == ["without level 0", "without level 1", "level 2 alone"]
 
+    def test_names_that_are_numbers_are_not_said_twice(self):
+        report = make_report(2, names=["level 0", "level 1"], data=SimpleNamespace(n=(0, 0)), spent=0.0)
+        assert [curve.label for curve in error_curves(report, budgets=[1000])] == ["all levels", "level 1 alone"]
+        plan = optimal_allocation(report, budget=1000, minimum=[1, 150])
+        assert plan.binding == ("minimum on level 1",)
+
     @given(levels=st.integers(2, 4), seed=st.integers(0, 10**6), factor=st.floats(1, 1e3), minimum=st.integers(1, 3))
     @settings(max_examples=25, deadline=None)
     @pytest.mark.parametrize("weights", ["unit", "optimal"])

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
+from mlsbi.allocation.problem import read_problem
 
 # Sums of a few float64 products: relative rounding stays below 1e-14; anything beyond 1e-9 is a wrong answer.
 ROUNDING = 1e-9
@@ -640,6 +641,57 @@ class TestComparison:
         assert plan.single_level_variance == 5
         assert plan.speedup == pytest.approx(5 * 3 / (1.0 * 16))
 
+    def test_plain_monte_carlo_buys_whole_rows(self):
+        # One run for 12, not 1.2: its variance of 1 is hardly below 1.01.
+        plan = optimal_allocation([1, 0.01], [1, 10], budget=12, covariance=[[1, 0.995], [0.995, 1]])
+        assert plan.variance == pytest.approx(1.01)
+        assert plan.speedup == pytest.approx(10 / (1.01 * 12))
+        assert not any("Plain Monte Carlo" in a for a in plan.advice)
+
+    def test_plain_monte_carlo_that_wins_with_few_rows_only(self):
+        joint = [[1, 0.95], [0.95, 1]]
+        plan = optimal_allocation([1, 0.1], [1, 3], budget=6.5, covariance=joint)  # (2, 1) rows, or 2 runs
+        [sentence] = [a for a in plan.advice if a.startswith("Plain Monte Carlo")]
+        gain = 1 - (1 + math.sqrt(0.4)) ** 2 / 3
+        assert "for the same cost, n = 2, its variance is 0.5, not 0.6; at large budgets the levels win" in sentence
+        assert sentence.endswith(f"with {gain:.1%} less variance.")
+        assert any("At large budgets no subset" in a for a in plan.advice)
+        held = optimal_allocation([1, 0.1], [1, 3], budget=650, covariance=joint, maximum=[2, None])
+        assert any("at large budgets and without the maximum the levels win" in a for a in held.advice)
+        assert any("At large budgets and without the maximum no subset" in a for a in held.advice)
+        large = optimal_allocation([1, 0.1], [1, 3], budget=65_000, covariance=joint)
+        assert large.variance == pytest.approx((1 - gain) * 3 / 65_000, rel=1e-3)
+        assert not any("Plain Monte Carlo" in a for a in large.advice)
+
+    def test_plain_monte_carlo_that_is_as_good_at_large_budgets(self):
+        plan = optimal_allocation([4, 1], [1, 3], budget=6, single_level_variance=16 / 3)  # S^2 = 16
+        [sentence] = [a for a in plan.advice if a.startswith("Plain Monte Carlo")]
+        assert sentence.endswith("n = 2, its variance is 2.66667, not 3; at large budgets the two are alike.")
+
+    def test_plain_monte_carlo_keeps_the_pilots_rows(self):
+        pilot = report(
+            variances=(1.0, 0.1), covariance=((1.0, 0.95), (0.95, 1.0)), single_level_variance=1.0,
+            data=SimpleNamespace(n=(0, 50)), spent=200.0,
+        )
+        plan = optimal_allocation(pilot, budget=210)  # ten rows of level 0, or three runs more
+        [sentence] = [a for a in plan.advice if a.startswith("Plain Monte Carlo")]
+        assert f"n = 53 (50 of them already there), its variance is {1 / 53:.6g}, not {0.1 + 0.1 / 50:.6g}" in sentence
+        assert "; at large budgets the levels win, with" in sentence
+        assert not any("Plain Monte Carlo" in a for a in optimal_allocation(pilot, budget=2100).advice)
+
+    def test_plain_monte_carlo_respects_the_maximum(self):
+        plan = optimal_allocation([4.0, 1.0], [1, 3], budget=16, single_level_variance=4, maximum=[None, 2])
+        assert not any("Plain Monte Carlo" in a for a in plan.advice)  # 4 / 2, not 4 / 5
+
+    @pytest.mark.parametrize(("variance", "cost"), [(0.3, 0.7), (1.0, 3.0), (0.1, 0.1)])
+    @pytest.mark.parametrize("weights", ["unit", "optimal"])
+    def test_one_level_is_not_compared_with_itself(self, variance, cost, weights):
+        for budget in np.linspace(1, 100, 50) * cost:
+            plan = optimal_allocation([variance], [cost], budget=budget, weights=weights)
+            assert plan.speedup == pytest.approx(1)
+            assert len(plan.advice) == 1
+            assert plan.advice[0].startswith("Doubling")
+
     def test_costs_none_leaves_the_speedup_unknown(self):
         plan = optimal_allocation([4.0, 1.0], pair_costs=[1, 4], budget=16, single_level_variance=5)
         assert plan.single_level_variance == 5
@@ -673,11 +725,43 @@ class TestComparison:
 
         subsets = [(*rest, levels - 1) for k in range(levels) for rest in itertools.combinations(range(levels - 1), k)]
         best = min(subsets, key=spread)
+        [sentence] = [a for a in plan.advice if a.startswith("At large budgets")]
         if len(best) == levels:
-            assert any("No subset" in a for a in plan.advice)
+            assert sentence == "At large budgets no subset of the levels beats all of them together."
+        elif spread(best) ** 2 > 0.99 * spread(range(levels)) ** 2:
+            assert sentence == "At large budgets no subset of the levels beats all of them together by 1%."
         else:
             kept = ", ".join(f"level {i}" for i in best)
-            assert any(f"best subset of the levels is {kept}: S^2 = {spread(best) ** 2:.6g}" in a for a in plan.advice)
+            assert f"the best subset of the levels is {kept}: S^2 = {spread(best) ** 2:.6g}, not" in sentence
+
+    @pytest.mark.parametrize("weights", ["unit", "optimal"])
+    def test_a_subset_that_is_hardly_better_is_none(self, weights):
+        plan = optimal_allocation(
+            [1, 1e-20, 1e-20], [1, 10, 100], budget=1e5, covariance=np.ones((3, 3)), weights=weights
+        )
+        assert not any("best subset" in a for a in plan.advice)
+        assert any("beats all of them together by 1%" in a for a in plan.advice)
+
+    def test_a_subset_of_levels_that_hardly_differ_is_not_judged_by_rounding(self):
+        # Var(f^2 - f^0) is 0 by the covariance, but at least 0.998e-20 by the triangle inequality.
+        variances, costs, joint = [1, 1e-26, 1e-20], [1, 10, 1e18], np.ones((3, 3))
+        plan = optimal_allocation(variances, costs, budget=1e20, covariance=joint, maximum=[1000, None, None])
+        assert any("no subset of the levels beats all of them together by 1%" in a for a in plan.advice)
+        problem = read_problem(variances, costs, None, None, None, joint)
+        assert problem.term_variance(0, 2) == pytest.approx(0.998001e-20)
+
+    def test_a_subset_has_the_same_s2_for_a_budget_and_a_target(self):
+        joint = [[1, 0.2, 0.1], [0.2, 1, 0.99], [0.1, 0.99, 1]]
+        goals = ({"budget": 1e6}, {"target_variance": 0.01})
+        plans = [optimal_allocation([1, 1.6, 0.02], [1, 2, 30], covariance=joint, **goal) for goal in goals]
+        for plan in plans:
+            best = (math.sqrt(2) + math.sqrt(0.02 * 32)) ** 2
+            assert any(f"the best subset of the levels is level 1, level 2: S^2 = {best:.6g}" in a for a in plan.advice)
+
+    def test_subsets_are_compared_without_the_maximum(self):
+        joint = [[4.0, 4.5], [4.5, 6.0]]
+        plan = optimal_allocation([4.0, 1.0], [1, 3], budget=160, covariance=joint, maximum=[9, None])
+        assert any(a.startswith("At large budgets and without the maximum no subset") for a in plan.advice)
 
     def test_subsets_need_the_cost_of_single_runs(self):
         plan = optimal_allocation([4.0, 1.0], pair_costs=[1, 4], budget=16, covariance=[[4.0, 3.5], [3.5, 4.0]])
@@ -706,6 +790,13 @@ class TestAdvice:
         held = optimal_allocation([4.0, 1.0, 0.5], [1, 3, 5], budget=24, minimum=[1, 1, 2], maximum=[3, None, None])
         assert held.binding == ("maximum on level 0", "minimum on level 2")
         assert any(a.startswith("Active bounds: maximum on level 0, minimum on level 2") for a in held.advice)
+
+    def test_bounds_that_cost_nothing_are_not_worth_a_sentence(self):
+        hardly = optimal_allocation([4.0, 1.0], [1, 3], budget=1600, minimum=[1, 201])
+        assert hardly.binding == ("minimum on level 1",)
+        assert not any("Active bounds" in a for a in hardly.advice)
+        more = optimal_allocation([4.0, 1.0], [1, 3], budget=1600, minimum=[1, 230])
+        assert any("Active bounds: minimum on level 1; without them" in a for a in more.advice)
 
     def test_doubling_the_budget(self):
         plan = optimal_allocation([4.0, 1.0], [1, 3], budget=16)
@@ -765,6 +856,117 @@ class TestRecord:
         assert sum(plan.level_costs) == pytest.approx(plan.cost)
 
 
+def powers(most):
+    return st.integers(-most, most).map(lambda k: 4.0**k)
+
+
+class TestUnits:
+    @given(case=cases(1, 6), size=st.floats(1, 1e4), unit=powers(480), cost=powers(240))
+    @settings(max_examples=60, deadline=None)
+    @pytest.mark.parametrize("goal", ["budget", "target_variance"])
+    def test_change_no_digit(self, goal, case, size, unit, cost):
+        def allocate(unit, cost):
+            limit = size * case.smallest * cost if goal == "budget" else sum(case.variances) / size * unit
+            scaled = {"pair_costs": [c * cost for c in case.costs], goal: limit}
+            return optimal_allocation([v * unit for v in case.variances], **scaled)
+
+        plan, other = allocate(1, 1), allocate(unit, cost)
+        for field in ("n", "continuous", "shares", "binding"):
+            assert getattr(other, field) == getattr(plan, field)
+        assert other.variance == plan.variance * unit
+        assert other.cost == plan.cost * cost
+        assert other.unspent == plan.unspent * cost
+        assert sum(other.shares) == pytest.approx(1)
+        then = float(plan.advice[-1].split(", to ")[-1].rstrip(".")) if ", to " in plan.advice[-1] else None
+        if then is not None:  # printed with six digits
+            assert float(other.advice[-1].split(", to ")[-1].rstrip(".")) == pytest.approx(then * unit, rel=1e-5)
+
+    @given(units=st.tuples(powers(450), powers(450)), cost=powers(240), weights=st.sampled_from(["unit", "optimal"]))
+    @settings(max_examples=30, deadline=None)
+    def test_change_no_digit_of_several_outputs(self, units, cost, weights):
+        joint = np.array([[[4.0, 3.5], [3.5, 4.0]], [[1.0, 0.5], [0.5, 2.0]]])
+        variances, costs = np.array([[4.0, 1.0], [1.0, 2.0]]), np.array([1.0, 3.0])
+        plan = optimal_allocation(variances, costs, covariance=joint, budget=1e3, weights=weights)
+        column = np.array(units)[:, None]
+        other = optimal_allocation(
+            column * variances, cost * costs, covariance=column[:, None] * joint, budget=cost * 1e3, weights=weights
+        )
+        assert other.n == plan.n
+        for field in ("speedup", "weights"):
+            assert getattr(other, field) == getattr(plan, field)
+        for field in ("variance", "single_level_variance", "weighted_variance"):
+            assert getattr(other, field) == tuple(v * u for v, u in zip(getattr(plan, field), units, strict=True))
+        assert np.array_equal(other.variances, column * plan.variances)
+        assert other.pair_costs == tuple(cost * c for c in plan.pair_costs)
+
+    @given(unit=st.floats(5e-324, 1e308), cost=st.floats(5e-324, 1e307))
+    @settings(max_examples=60, deadline=None)
+    def test_are_powers_of_four(self, unit, cost):
+        problem = read_problem([[unit, 0.0], [0.0, 0.0]], None, [cost, cost], None, None, None).scaled()
+        assert 1 <= problem.variances[0, 0] < 4
+        assert 1 <= problem.pair_costs[0] < 4
+        for power in (*problem.variance_unit, problem.cost_unit):  # so that square roots change no digit either
+            mantissa, exponent = math.frexp(power)
+            assert mantissa == 0.5
+            assert exponent % 2 == 1
+
+    @pytest.mark.parametrize("goal", ["budget", "target_variance"])
+    @pytest.mark.parametrize(("unit", "cost"), [(4.0**400, 4.0**-200), (4.0**-400, 4.0**200)])
+    def test_change_no_digit_of_a_report(self, unit, cost, goal):
+        draws = np.random.default_rng(0).gamma(3, size=(60, 2)) * [4, 1]
+
+        def allocate(unit, cost):
+            pilot = report(
+                variances=(4 * unit, unit), costs=(cost, 3 * cost), pair_costs=(cost, 4 * cost), spent=10 * cost,
+                covariance=unit * np.array([[4.0, 3.5], [3.5, 4.0]]), single_level_variance=4 * unit,
+                variance_draws=unit * draws,
+            )
+            return optimal_allocation(pilot, **{goal: 300 * cost if goal == "budget" else unit / 16})
+
+        plan, other = allocate(1.0, 1.0), allocate(unit, cost)
+        for field in ("n", "interval", "speedup", "weights", "names", "rows"):
+            assert getattr(other, field) == getattr(plan, field)
+        assert (other.cost, other.overhead) == (plan.cost * cost, plan.overhead * cost)
+        assert [a[:30] for a in other.advice][:-1] == [a[:30] for a in plan.advice][:-1]
+
+    @pytest.mark.parametrize("unit", [1e-300, 1e-160, 1e155, 1e200, 1e307])
+    def test_far_from_one(self, unit):
+        joint = np.array([[1, 0.95], [0.95, 1.1]])
+        arguments = {"costs": [1, 10], "budget": 1e6}
+        plan = optimal_allocation([1, 0.2], covariance=joint, **arguments)
+        other = optimal_allocation(np.multiply([1, 0.2], unit), covariance=unit * joint, **arguments)
+        assert other.n == plan.n
+        assert other.variance == pytest.approx(unit * plan.variance, rel=ROUNDING)
+        assert other.weights == pytest.approx(plan.weights, rel=ROUNDING)
+
+    def test_refusals_are_in_the_users(self):
+        with pytest.raises(ValueError, match=r"got 4e\+200\. The smallest feasible budget is 4\.9+5e\+200: raise it"):
+            optimal_allocation([4, 1], [1e200, 3e200], budget=4e200)
+        with pytest.raises(ValueError, match=r"got 1e-201\. The smallest reachable is 5\.9+e-201: raise it"):
+            optimal_allocation([4e-200, 1e-200], [1, 3], target_variance=1e-201, maximum=[10, 5])
+        with pytest.raises(ValueError, match=r"level 1 the variance is 1e\+155, and the covariance says 8e\+155"):
+            optimal_allocation([4e155, 1e155], [1, 3], covariance=[[4e155, 0], [0, 4e155]], budget=100)
+
+    @pytest.mark.parametrize(
+        ("goal", "message"),
+        [
+            ({"budget": 1e20}, r"fewer than 2\*\*53 rows of each level; got 5e\+19 of one. Pass a smaller budget"),
+            ({"target_variance": 1e-20}, r"fewer than 2\*\*53 rows of each level; got 8e\+20 of one"),
+            ({"budget": 1e22, "minimum": 2**60}, r"fewer than 2\*\*53 rows"),
+            ({"budget": 1e308}, r"budget below 1e90 rows of the dearest level; got 1e\+308"),
+            ({"target_variance": 1e-306}, "target variances above 1e-90 of the largest variance; got 1e-306"),
+        ],
+    )
+    def test_sizes_beyond_counting_are_refused(self, goal, message):
+        with pytest.raises(ValueError, match=message):
+            optimal_allocation([4, 1], [1, 3], **goal)
+
+    def test_goals_that_bounds_make_easy_are_met(self):
+        assert optimal_allocation([4, 1], [1, 3], budget=1e80, maximum=9).n == (9, 9)
+        assert optimal_allocation([4e-300, 1e-300], [1, 3], target_variance=1e300).n == (1, 1)
+        assert optimal_allocation([0, 0], [1, 3], target_variance=1e-306).n == (1, 1)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "changes", "message"),
@@ -810,6 +1012,10 @@ class TestErrors:
                 "maximum on level 1 of at least the minimum, 3; got 2",
             ),
             (([4, 1], [1, 3]), {"spent": [2, 0], "maximum": 1}, "at least the rows that exist already, 2; got 1"),
+            (([4, 1], [1, 3]), {"spent": 8, "minimum": 5, "maximum": 2}, "at least the minimum, 5; got 2"),
+            (([4, 1], [1, 3]), {"maximum": [None, 2.5]}, r"got \[inf, 2\.5\]\. .* None stands for no maximum"),
+            (([4, 1], [1, 3]), {"maximum": np.array([math.nan, 3])}, r"at least 1; got \[nan, 3\.0\]"),
+            (([4, 1], [1, 3]), {"maximum": [[1], [2, 3]]}, "maximum to be numbers"),
             (([4, 1], [1, 3]), {"maximum": 0}, "maximum to be whole numbers of at least 1; got 0"),
             (([4, 1], [1, 3]), {"spent": -1}, "spent to be whole numbers of at least 0; got -1.*Count the rows"),
             (
@@ -845,6 +1051,10 @@ class TestErrors:
     def test_target(self, target, changes, message):
         with pytest.raises(ValueError, match=message):
             optimal_allocation([4, 1], [1, 3], target_variance=target, **changes)
+
+    @pytest.mark.parametrize("kind", [list, tuple, np.array])
+    def test_no_maximum_on_some_levels(self, kind):
+        assert optimal_allocation([4, 1], [1, 3], budget=24, maximum=kind([None, 2])).n == (16, 2)
 
     def test_target_of_one_output_out_of_reach(self):
         with pytest.raises(ValueError, match=r"target variance of output 1 that maximum allows; got 0\.01"):

@@ -270,6 +270,18 @@ class TestWithSizes:
         gain = 1 - plan.cost / unit.cost
         assert any(f"cost {gain:.1%} less than unit weights for the same target" in a for a in plan.advice)
 
+    @pytest.mark.parametrize("goal", [{"budget": 1e5}, {"target_variance": 1e-4}])
+    def test_a_gain_below_a_percent_is_not_given_a_number(self, goal):
+        plan = optimal_allocation(
+            [4, 1e-4], [1, 3], covariance=[[4, 4], [4, 4.0001]], weights="optimal", **goal
+        )
+        [sentence] = [a for a in plan.advice if "Control-variate" in a]
+        assert sentence.endswith("gain less than 1% over unit weights.")
+
+    @pytest.mark.parametrize("goal", [{"budget": 9}, {"target_variance": 0.1}])
+    def test_of_one_level_need_no_words(self, goal):
+        assert not any("weights" in a for a in optimal_allocation([4.0], [2.0], weights="optimal", **goal).advice)
+
     def test_need_a_covariance(self):
         with pytest.raises(ValueError, match='covariance, of .*with weights="optimal"; got None'):
             optimal_allocation([4, 1], [1, 3], budget=16, weights="optimal")
