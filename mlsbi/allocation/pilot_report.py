@@ -24,6 +24,7 @@ _ERROR_LIMIT = 0.5  # relative standard error of a variance, which few rows reac
 _ERROR_AIM = 0.2
 _FEW_ROWS = 32  # below, a large error says more about their number than about rare ones
 _DRIFT_LIMIT = 3.0
+_OPPOSITE = 3.0  # times the chance level, where a negative correlation is no chance
 _LEVEL_COLUMNS = {
     "level": "level", "cost per run": "cost/run", "cost per row": "cost/row", "variance": "variance",
     "variance of correction": "of correction", "kurtosis": "kurtosis",
@@ -204,7 +205,9 @@ class PilotReport:
         if self.consistency[pair] > 1:
             found.append(f"The coarse halves of '{fine}' do not have the law of '{coarse}' "
                          f"(consistency {self.consistency[pair]:.2f} > 1): check how the levels share noise.")
-        noise, chance = abs(self.noise_correlations[pair]), self.noise_shuffled[pair]  # opposite is shared too
+        noise, chance = self.noise_correlations[pair], self.noise_shuffled[pair]
+        if noise < -_OPPOSITE * chance:  # noise read with the opposite sign is shared too
+            noise = -noise
         if self.correlations[pair] <= self.shuffled[pair]:
             told = (f"Pairs of '{fine}' and '{coarse}' agree no better (correlation {self.correlations[pair]:.2f} of "
                     f"the {self.integrand}) than rows paired at random do (up to {self.shuffled[pair]:.2f}): ")
