@@ -53,8 +53,9 @@ def run_cell(case: str, seed: int, sizes: argparse.Namespace) -> dict[str, Any]:
         level = transfer(task.stack, report, seed=seed, progress=False).levels[0]
         found = {
             "score": level.score, "verdict": level.verdict, "variance_reduction": level.variance_reduction,
-            "correlation": level.correlation, "information": level.information.mean,
-            "information_control": level.information.control, "carried": level.information.mean_carried,
+            "cost_interval": level.cost_interval, "correlation": level.correlation,
+            "information": level.information.mean, "information_control": level.information.control,
+            "carried": level.information.mean_carried, "carried_control": level.information.carried_control,
             "coherence": level.coherence.linear, "coherence_control": level.coherence.control,
             "in_place": level.coherence.in_place,
         }  # fmt: skip

@@ -31,6 +31,10 @@ def noisy(theta, noise):
     return finest(theta, noise) + 3 * noise
 
 
+def flipped(theta, noise):
+    return -finest(theta, noise)
+
+
 def useless(theta, noise):
     return noise.flip(1)
 
@@ -61,7 +65,7 @@ def test_a_copy_is_worth_more_than_levels_made_worse():
         return finest(theta, noise)
 
     found = {}
-    for simulate in (copy, mixed, noisy, useless):
+    for simulate in (copy, mixed, noisy, useless, flipped):
         stack = stack_of(simulate, finest)
         found[simulate.__name__] = transfer(stack, report_on(stack), progress=False).levels[0]
     assert found["copy"].score > 2 * found["noisy"].score > 0
@@ -71,10 +75,13 @@ def test_a_copy_is_worth_more_than_levels_made_worse():
     assert found["copy"].variance_reduction == pytest.approx(0.9)  # of costs 1 and 10
     assert found["copy"].correlation == pytest.approx(1)
     assert found["copy"].verdict.startswith("worth it: multilevel training needs 10 times less cost for the same")
-    assert "a fixed linear map of its output, such as another order, would explain 100%" in found["mixed"].verdict
+    for name in ("mixed", "flipped"):
+        assert "a fixed linear map of its output would explain 100%" in found[name].verdict
+    assert found["flipped"].verdict.startswith("worth it only after a fixed map of its output: ")
+    assert found["flipped"].score == 0
     assert "linear map" not in found["copy"].verdict
     assert found["useless"].verdict.startswith("not worth it: multilevel training needs")
-    assert "100 rows show transfer learning no more" in found["useless"].verdict
+    assert "100 rows show no more about theta that both levels know" in found["useless"].verdict
 
 
 def test_perturbed_levels_are_ordered_by_noise_and_order():
@@ -85,30 +92,102 @@ def test_perturbed_levels_are_ordered_by_noise_and_order():
     assert scores == sorted(scores, reverse=True)
 
 
-def test_variance_reduction_is_against_the_stack_without_the_level():
+def root(*terms):
+    return sum(np.sqrt(values.var(ddof=1) * cost) for values, cost in terms)
+
+
+def test_a_level_is_judged_beside_the_best_of_the_others():
     stack = stack_of(noisy, mixed, finest)
-    rng = np.random.default_rng(0)
-    losses = rng.normal(size=(30, 3)) @ np.array([[1, 0.9, 0.9], [0, 0.3, 0.25], [0, 0, 0.1]])
-    report = report_on(stack, 30, losses=losses)
-    first, second = transfer(stack, report, progress=False).levels
-
-    def root(*terms):
-        return sum(np.sqrt(values.var(ddof=1) * cost) for values, cost in terms)
-
+    losses = np.random.default_rng(0).normal(size=(30, 3)) @ np.array([[1, 0.9, 0.9], [0, 0.3, 0.25], [0, 0, 0.1]])
+    found = transfer(stack, report_on(stack, 30, losses=losses), progress=False).levels
     low, middle, high = losses.T
-    whole = root((low, 1), (middle - low, 11), (high - middle, 110))
-    assert first.cost_factor == pytest.approx((root((middle, 10), (high - middle, 110)) / whole) ** 2)
-    assert second.cost_factor == pytest.approx((root((low, 1), (high - low, 101)) / whole) ** 2)
-    assert first.variance_reduction == pytest.approx(1 - 1 / first.cost_factor)
-    assert first.correlation == pytest.approx(np.corrcoef(low, high)[0, 1])
-    assert second.correlation == pytest.approx(np.corrcoef(middle, high)[0, 1])
+    ways = {(0, 1): root((low, 1), (middle - low, 11), (high - middle, 110)),
+            (0,): root((low, 1), (high - low, 101)), (1,): root((middle, 10), (high - middle, 110)),
+            (): root((high, 100))}
+    for level, one in enumerate(found):
+        without = min(value for kept, value in ways.items() if level not in kept)
+        with_it = min(value for kept, value in ways.items() if level in kept)
+        assert one.cost_factor == pytest.approx((without / with_it) ** 2)
+        assert one.variance_reduction == pytest.approx(1 - 1 / one.cost_factor)
+        assert one.correlation == pytest.approx(np.corrcoef(losses[:, level], high)[0, 1])
+        assert one.cost_interval is None
+
+
+def test_no_level_is_worth_it_where_the_finest_alone_is_best():
+    stack = stack_of(noisy, mixed, finest)
+    rng = np.random.default_rng(1)
+    first, last = rng.normal(size=(2, 40))
+    losses = np.stack([4 * first, first, last], 1)  # beside the first level the second helps
+    low, middle, high = losses.T
+    assert root((low, 1), (high - low, 101)) > root((low, 1), (middle - low, 11), (high - middle, 110))
+    assert root((low, 1), (high - low, 101)) > root((high, 100))
+    found = transfer(stack, report_on(stack, 40, losses=losses), progress=False)
+    assert all(level.cost_factor < 1 for level in found.levels)
+
+
+def test_identical_levels_have_one_score():
+    def first(theta, noise):
+        return finest(theta, noise)
+
+    def second(theta, noise):
+        return finest(theta, noise)
+
+    stack = stack_of(first, second, finest)
+    report = pilot(stack, 40, seed=0, integrand="output", progress=False)
+    assert len(report.data.levels[0].theta) > 0  # rows of its own, which would favour the cheapest
+    one, two = transfer(stack, report, progress=False).levels
+    assert one.score == two.score > 0.3
+    assert one.information.mean == two.information.mean
+    assert two.cost_factor == pytest.approx(1)
+
+
+def test_the_cost_factor_has_an_interval():
+    stack = stack_of(noisy, finest)
+    rng = np.random.default_rng(0)
+    told = {}
+    for coupling in (0.999, 0.8):  # clear, and about where costs of 1 and 10 break even
+        losses = rng.normal(size=(60, 2)) @ np.array([[1, coupling], [0, np.sqrt(1 - coupling**2)]])
+        report = report_on(stack, 60, losses=losses)
+        rows = rng.integers(60, size=(200, 60))
+        report.covariance_draws = np.stack([np.cov(losses[row], rowvar=False) for row in rows])
+        told[coupling] = transfer(stack, report, progress=False).levels[0]
+        low, high = told[coupling].cost_interval
+        assert low < told[coupling].cost_factor < high
+        expected = [(root((x[:, 1], 10)) / root((x[:, 0], 1), (x[:, 1] - x[:, 0], 11))) ** 2
+                    for x in (losses[row] for row in rows)]
+        assert (low, high) == pytest.approx(np.quantile(expected, [0.05, 0.95]))
+    assert re.match(r"worth it: multilevel training needs [\d.]+ times \([\d.]+ to [\d.]+\) less cost",
+                    told[0.999].verdict)
+    assert re.match(r"worth it for transfer learning: whether it saves multilevel training cost cannot be told from "
+                    r"60 rows \(without it [\d.]+ times the cost, 0[\d.]+ to 1[\d.]+\)", told[0.8].verdict)
+    report.covariance_draws = report.covariance_draws[:, :1]
+    with pytest.raises(ValueError, match=r"covariance_draws of shape \(draws, 2, 2\)"):
+        transfer(stack, report)
+
+
+def test_variance_saved_by_a_network_that_learns_nothing_is_not_worth_it():
+    stack = stack_of(useless, finest)
+    losses = np.random.default_rng(0).normal(size=(100, 1)) * [1, 1] + [0, 1]  # functions of theta alone
+    found = transfer(stack, report_on(stack, losses=losses), progress=False).levels[0]
+    assert found.cost_factor == pytest.approx(10)
+    assert found.verdict.startswith("not worth it: multilevel training needs 10 times less cost")
+    assert "saved only because the network learns nothing from the outputs" in found.verdict
+
+
+def test_an_integrand_that_is_constant_at_the_finest_level_only():
+    stack = stack_of(noisy, finest)
+    losses = np.random.default_rng(0).normal(size=(40, 2)) * [1, 0]
+    found = transfer(stack, report_on(stack, 40, losses=losses), progress=False)
+    assert np.isnan([found.levels[0].cost_factor, found.levels[0].variance_reduction]).all()
+    assert "there is no variance that multilevel training could reduce" in str(found)
 
 
 def test_words_for_every_cost():
     stack = stack_of(mixed, finest)
     dear = transfer(stack, report_on(stack, 40, costs=(9.0, 10.0)), progress=False)
     assert re.match(r"worth it for transfer learning only: multilevel training needs [\d.]+ times the cost for the "
-                    "same variance, and for transfer learning both levels know", dear.verdicts[0])
+                    "same variance, and for transfer learning both levels know at least", dear.verdicts[0])
+    assert "so few rows miss much of it: take 50 at least" in dear.verdicts[0]
     flat = transfer(stack, report_on(stack, 40, losses=np.ones((40, 2))), progress=False).levels[0]
     assert "there is no variance that multilevel training could reduce" in flat.verdict
     assert np.isnan([flat.cost_factor, flat.correlation]).all()
@@ -151,10 +230,10 @@ def test_a_pilots_report_is_what_it_reads():
     assert "about shift" in told
     assert "about slope" in told
     assert f"noisy: {found.verdicts[0]}" in told
-    assert "40 cost units spent on repeats" in told
+    assert "repeats cost 40 cost units" in told
 
 
-def test_summaries_and_priors_without_a_box():
+def test_summaries_and_priors_without_a_box_and_reports_of_other_stacks():
     prior = Independent(LogNormal(torch.zeros(2), 0.5 * torch.ones(2)), 1)
     stack = stack_of(noisy, finest, prior=prior)
     report = report_on(stack, 60)
@@ -165,7 +244,17 @@ def test_summaries_and_priors_without_a_box():
 
     own = transfer(stack, report, summary=mean_and_spread, progress=False)
     assert own.summaries == ("summary 0", "summary 1")
-    assert (own.levels[0].information.values == own.levels[0].information.carried).all()
+    found = own.levels[0].information
+    assert ((found.carried == found.values) | (found.carried == 0)).all()  # one summary, and what has its sign
+    other = BoxPrior([-2.0, 0.0], [2.0, 0.1])
+    for stack, match in ((stack_of(noisy, finest, prior=other), "pilot's report to be finite and inside the prior"),
+                         (stack_of(noisy, finest, prior=BoxPrior([-9.0], [9.0])), r"theta of shape \(n, 1\)")):
+        with pytest.raises(ValueError, match=match):
+            transfer(stack, report, progress=False)
+    narrow = LevelStack(prior, stack.noise, [Level("noisy", lambda theta, noise: noisy(theta, noise)[:, :3], 1.0),
+                                             stack.levels[1]])
+    with pytest.raises(ValueError, match=r"outputs of 'noisy' have shape \(5,\), and runs give \(3,\)"):
+        transfer(narrow, report, progress=False)
 
 
 def test_bad_requests():
