@@ -43,7 +43,7 @@ ORDER = {
                   "likelihoods", "saving", "estimator", "npe", "nle", "loading"],
     "diagnostics": ["arrays", "metrics", "calibration", "tarp", "two_sample", "predictive", "information",
                     "fidelity"],
-    "tasks": ["task", "quadrature", "ou", "camels", "g_and_k", "toggle_switch", "ou2", "registry"],
+    "tasks": ["task", "observations", "quadrature", "ou", "camels", "g_and_k", "toggle_switch", "ou2", "registry"],
     "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior",
               "failures"],
     "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],

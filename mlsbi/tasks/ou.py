@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from mlsbi.levels import Level, LevelStack
 from mlsbi.priors import BoxPrior
+from mlsbi.tasks.observations import check_matching, read_observations
 from mlsbi.tasks.quadrature import draw_piecewise, draw_truncated, edges_halved, legendre, log_mass
 from mlsbi.tasks.task import Task
 
@@ -123,7 +124,7 @@ class OUPosterior:
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
         """Log density `(n,)` of x `(n, 5)` at theta `(n, D)`; either may have one row. Differentiable, float64."""
-        theta, x = theta.double(), _observations(x)
+        theta, x = theta.double(), read_observations(x, len(POINTS))
         start = theta[:, 3:4] if theta.shape[1] == 4 else torch.full_like(theta[:, :1], START)
         start, x = torch.broadcast_tensors(start, x)
         mu, sigma = theta[:, 1:2], theta[:, 2:3]
@@ -133,7 +134,7 @@ class OUPosterior:
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """Log of the likelihood's mean over the prior `(n,)` at each observation of x `(n, 5)`, float64."""
-        x = _observations(x)
+        x = read_observations(x, len(POINTS))
         unit, weight = legendre(self.nodes)
         parts = []
         for rows in x.split(max(1, _BATCH // (self.nodes**2 * (_MU_NODES if self._infers_start else 1)))):
@@ -157,12 +158,8 @@ class OUPosterior:
         Raises:
             ValueError: If theta or x have other shapes.
         """
-        dim = len(self.prior.low)
-        if theta.ndim != 2 or theta.shape[1] != dim:
-            raise ValueError(f"Expected theta of shape (n, {dim}); got {tuple(theta.shape)}.")
-        x = _observations(x)
-        if len(x) not in (1, len(theta)):
-            raise ValueError(f"Expected one observation, or one per row of theta, {len(theta)}; got {len(x)}.")
+        x = read_observations(x, len(POINTS))
+        check_matching(self.prior, theta, x)
         log_prior = self.prior.log_prob(theta).double()
         inside = torch.isfinite(log_prior)
         log_prob = self.log_likelihood(theta, x) + log_prior - self.log_evidence(x)
@@ -170,7 +167,7 @@ class OUPosterior:
 
     def sample(self, n: int, x: Tensor, seed: int) -> Tensor:
         """Independent posterior draws `(n, D)` at one observation x `(5,)`, in the prior's dtype."""
-        x = _observations(x)
+        x = read_observations(x, len(POINTS))
         if len(x) != 1:
             raise ValueError(f"Expected one observation of shape (5,); got {len(x)}.")
         generator = torch.Generator().manual_seed(seed)
@@ -268,13 +265,6 @@ class OUPosterior:
 
 def _likelihood(posterior: OUPosterior, x: Tensor, theta: Tensor) -> Tensor:
     return posterior.log_likelihood(theta, x)
-
-
-def _observations(x: Tensor) -> Tensor:
-    x = (x[None] if x.ndim == 1 else x).double()
-    if x.ndim != 2 or x.shape[1] != len(POINTS):
-        raise ValueError(f"Expected x of shape (n, {len(POINTS)}) or ({len(POINTS)},); got {tuple(x.shape)}.")
-    return x
 
 
 def _transitions(gamma: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.distributions import Normal
 from mlsbi.density.flows import NSF
 from mlsbi.levels import Level, LevelStack
 from mlsbi.priors import BoxPrior
+from mlsbi.tasks.observations import check_matching, read_observations
 from mlsbi.tasks.quadrature import draw_truncated, legendre, log_mass
 from mlsbi.tasks.task import Task
 
@@ -142,7 +143,7 @@ def log_likelihood(x: Tensor, theta: Tensor) -> Tensor:
         >>> log_likelihood(torch.ones(10), torch.tensor([[1.0, 0.3, 0.5, 0.0]]))
         tensor([3.5301], dtype=torch.float64)
     """
-    x = _observations(x)
+    x = read_observations(x, POINTS)
     mu, sigma, gamma, offset = (column[:, None] for column in _all_four(theta.double()))
     weight, variance = _transition(gamma)
     start = Normal(mu + offset, 1.0, validate_args=False).log_prob(x[:, :1])
@@ -174,7 +175,7 @@ class OU2Posterior:
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """Log of the likelihood's mean over the prior `(n,)` at each observation of x `(n, 10)`, float64."""
-        x = _observations(x)
+        x = read_observations(x, POINTS)
         axes, log_weight = self._grid(self.nodes, legendre)
         parts = [
             (self._log_marginal(rows[:, None, None, None], *axes) + log_weight).flatten(1).logsumexp(1)
@@ -196,19 +197,15 @@ class OU2Posterior:
         Raises:
             ValueError: If theta or x have other shapes.
         """
-        dim = len(self.prior.low)
-        if theta.ndim != 2 or theta.shape[1] != dim:
-            raise ValueError(f"Expected theta of shape (n, {dim}); got {tuple(theta.shape)}.")
-        x = _observations(x)
-        if len(x) not in (1, len(theta)):
-            raise ValueError(f"Expected one observation, or one per row of theta, {len(theta)}; got {len(x)}.")
+        x = read_observations(x, POINTS)
+        check_matching(self.prior, theta, x)
         log_prior = self.prior.log_prob(theta).double()
         log_prob = log_likelihood(x, theta) + log_prior - self.log_evidence(x)
         return torch.where(torch.isfinite(log_prior), log_prob, -torch.inf)
 
     def sample(self, n: int, x: Tensor, seed: int) -> Tensor:
         """Independent posterior draws `(n, D)` at one observation x `(10,)`, in the prior's dtype."""
-        x = _observations(x)
+        x = read_observations(x, POINTS)
         if len(x) != 1:
             raise ValueError(f"Expected one observation of shape ({POINTS},); got {len(x)}.")
         generator = torch.Generator().manual_seed(seed)
@@ -280,13 +277,6 @@ def _transition(gamma: Tensor) -> tuple[Tensor, Tensor]:
     decay = 1 - gamma * STEP
     weight = decay**GAP
     return weight, STEP * (1 - weight**2) / (1 - decay**2)
-
-
-def _observations(x: Tensor) -> Tensor:
-    x = (x[None] if x.ndim == 1 else x).double()
-    if x.ndim != 2 or x.shape[1] != POINTS:
-        raise ValueError(f"Expected x of shape (n, {POINTS}) or ({POINTS},); got {tuple(x.shape)}.")
-    return x
 
 
 def _trapezoid(count: int) -> tuple[Tensor, Tensor]:
