@@ -152,3 +152,23 @@ def test_results_say_where_they_come_from():
         assert len(origin["commit"]) == 40
         assert origin["uncommitted"] == []
         assert set(origin["versions"]) >= {"mlsbi", "torch", "numpy", "python"}
+
+
+def test_claims_about_planning_are_the_measured_ones():
+    measured, verdicts = result("bench_allocation"), result("transfer_verdict")
+    assert all(right for case, right in measured["cases"].items() if case != "4: sizes")
+    ratio, seconds = measured["realised"]["ratio"], measured["seconds"]
+    assert row_of("variance of the multilevel loss over")[1] == (
+        f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})")
+    assert 0.85 < ratio["lowest"] <= ratio["highest"] < 1.15
+    assert row_of("90% intervals of pilots")[1] == f"{min(measured['interval_coverage']['held']):.0%}"
+    assert row_of("seconds for the sizes")[1] == f"{seconds['allocation of 20 levels']['median']:.4f}"
+    assert row_of("seconds for a pilot")[1] == f"{seconds['gradient pilot of ou']['median']:.1f}"
+    assert seconds["allocation of 20 levels"]["worst"] < 0.01
+    assert seconds["gradient pilot of ou"]["worst"] < 20
+    order = verdicts["order"]["transfer"]["score"]
+    assert row_of("rank correlation of the verdict's score")[1].startswith(f"{order['spearman_of_means']:.2f} (")
+    assert row_of("pairs of these levels")[1] == f"{order['ordered_rightly']} of {order['pairs_apart']}"
+    options = measured["options"]
+    assert options["call warned"] == 0
+    assert options["digital warned"] == len(options["seeds"])
