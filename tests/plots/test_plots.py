@@ -306,12 +306,14 @@ class TestPlanning:
 
     def test_pilot_takes_a_report(self):
         class Report:
-            cost_unit = "seconds"
+            cost_unit, integrand = "seconds", "gradient"
 
             def to_frame(self):
                 return make_pilot(2)
 
-        assert plots.pilot(Report()).axes[1].get_xlabel() == "seconds (log scale)"
+        figure = plots.pilot(Report())
+        assert figure.axes[1].get_xlabel() == "seconds (log scale)"
+        assert figure.axes[0].get_title(loc="left") == "Variance of the gradient"
 
     def test_pilot_takes_a_table_read_from_json(self):
         frame = make_pilot(2).astype(object)
