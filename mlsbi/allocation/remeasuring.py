@@ -20,11 +20,9 @@ from mlsbi.density.registry import DensityBuilder
 from mlsbi.density.standardise import Transform
 from mlsbi.randomness import child_seed
 
-__all__ = ["MOST_ROWS", "Remeasuring"]
+__all__ = ["Remeasuring"]
 
-MOST_ROWS = 4096
-"""Rows of a level that networks are trained and scored on: its variance is then known to a few percent."""
-
+_MOST_ROWS = 4096  # of a level that networks are trained and scored on: its variance is then known to a few percent
 _CHUNK_ROWS = 512  # scored together, around a mean of their own
 _FEWEST_SCORED = 4  # rows of a set: two a fold
 
@@ -78,7 +76,7 @@ class Remeasuring:
             return [None]
         levels: list[list[Rows]] = [[] for _ in data.levels]
         for index, each in enumerate(data.levels):
-            rows = each.rows(slice(MOST_ROWS))
+            rows = each.rows(slice(_MOST_ROWS))
             levels[index].append(reader.rows(rows.theta, [rows.fine]))
             if rows.coarse is not None:
                 levels[index - 1].append(reader.rows(rows.theta, [rows.coarse]))
@@ -108,7 +106,7 @@ def _term_rows(reader: Reader, data: MultilevelData, report: PilotReport) -> lis
         sets = [own]
         if index < finest:
             sets.append(LevelData(report.theta, report.outputs[index], report.outputs[index - 1] if index else None))
-        few = [rows.rows(slice(MOST_ROWS)) for rows in sets if len(rows) >= _FEWEST_SCORED]
+        few = [rows.rows(slice(_MOST_ROWS)) for rows in sets if len(rows) >= _FEWEST_SCORED]
         found.append([reader.rows(rows.theta, [rows.fine] if rows.coarse is None else [rows.coarse, rows.fine])
                       for rows in few])
     return found
