@@ -436,7 +436,8 @@ def _planned(
         curves = () if plan is None or rounds is not None else error_curves(report, budget=plan.cost,
                                                                             minimum=FEWEST_ROWS)
         table = {"n": report.n, "spent": report.spent, "warnings": list(report.warnings),
-                 "integrand": report.integrand, "table": _tabled(report.to_frame()), "sizes": _tabled(report.sizes()),
+                 "integrand": report.integrand, "table": _tabled(report.to_frame()),
+                 "sizes": _tabled(report.sizes(None if plan is None else plan.cost)),
                  "curves": [asdict(curve) for curve in curves]}
     return {"pilot": table, "plan": plan.to_dict() if plan is not None else None, "plan_note": note,
             "rounds": None if rounds is None else _tabled(rounds)}

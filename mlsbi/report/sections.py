@@ -165,8 +165,9 @@ def _pilot(pilot: Record | None, results: Record, figures: Path) -> list[str]:
         _table_of(pilot["table"]),
         listing(map(str, pilot["warnings"])) if pilot.get("warnings") else paragraph("The pilot gave no warning."),
         _figure(figures, "pilot"),
-        *([paragraph("What some larger budget would buy, by the variances at each state of the pilot's network, with "
-                     "90% intervals from resampled rows:"), _table_of(sizes)] if sizes else []),
+        *([paragraph(f"What {number(measured(results['plan']['cost']))} {unit_of(results)} beside the pilot would buy, "
+                     "by the variances at each state of its network, with 90% intervals from resampled rows:"),
+           _table_of(sizes)] if sizes and results.get("plan") else []),
     ]
 
 

@@ -460,5 +460,10 @@ def test_a_budget_is_spent_in_rounds(tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "The rounds" in page
     assert "standardised outputs" in page
+    sizes = results["pilot"]["sizes"]
+    found = [row[sizes["columns"].index("n")] for row in sizes["rows"]]
+    paid = [n * cost for n, cost in zip(found, results["plan"]["pair_costs"], strict=True)]
+    assert sum(paid) == pytest.approx(results["plan"]["cost"])  # what the text above the table says they cost
+    assert "4,000 units beside the pilot would buy" in page
     assert main(["run", "ou", "--n", "40,6", "--rounds", "2", "--out", str(tmp_path / "x")]) == 2
     assert "--budget beside --rounds" in capsys.readouterr().err
