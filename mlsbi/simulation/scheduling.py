@@ -38,7 +38,8 @@ _BATCH_SECONDS = 1.0  # what a batch of slow simulations should take, so that li
 _ROW_BATCH_SECONDS = 0.05  # where rows run one by one, so that larger batches save nothing but the sending
 _LONGEST_TRIAL = 10.0  # seconds that a larger batch may take to see whether it is cheaper by the row
 _CHEAPER = 0.8  # of the seconds a row, to go on to an even larger one
-_TRIES = 3  # times that a worker may die of a row, the last of them with nothing else running
+_SHARED_DEATHS = 2  # of a worker that ran a batch beside others, after which it runs with nothing else under way
+_LONELY_DEATHS = 2  # of a worker that ran a row alone, after which the row is set aside: once may be chance
 _PAUSE = 0.25  # seconds after which what waits in the ledger is looked at
 _PATIENCE = 60.0  # seconds without a result after which a cluster's workers are counted
 _ALL_FAILED = 32  # rows after which a simulator that never finished one is given up
@@ -275,10 +276,13 @@ class Runner:
         for batch, error in sorted(died, key=lambda pair: (pair[0].term.place, pair[0].start), reverse=True):
             was_alone = _is_alone(batch) and guilty
             batch.deaths += 1
+            batch.lonely_deaths += was_alone
             if not was_alone:
                 self._again.append(batch) if _is_alone(batch) else self._again.appendleft(batch)
             elif len(batch) > 1:
                 self._again.extend(batch.halves())
+            elif batch.lonely_deaths < _LONELY_DEATHS:
+                self._again.append(batch)
             else:
                 self._quarantine(batch, error)
 
@@ -289,8 +293,8 @@ class Runner:
         levels = len(batch.term.levels)
         outcome = Outcome([None] * levels, np.zeros(1, np.uint8), np.full((1, levels), batch.deaths),
                           np.zeros((1, levels)), {})
-        outcome.fail(0, "worker died", f"The worker process died {batch.deaths} times while it ran this row, the last "
-                                       f"time alone: {type(error).__name__}: {error}")
+        outcome.fail(0, "worker died", f"The worker process died {batch.deaths} times with this row under way, the "
+                                       f"last {_LONELY_DEATHS} times alone: {type(error).__name__}: {error}")
         self._take(batch, outcome)
 
     def _take(self, batch: Batch, outcome: Outcome) -> None:
@@ -478,7 +482,7 @@ def _seconds_of_batch(term: Term) -> float:
 
 def _is_alone(batch: Batch) -> bool:
     """Whether it must be the only one under way, so that it is clear of what a worker dies."""
-    return batch.deaths >= _TRIES - 1
+    return batch.deaths >= _SHARED_DEATHS
 
 
 def _seeds_of(noise: Any) -> Any:

@@ -134,6 +134,7 @@ class Batch:
     guard: bool = False
     replay: tuple[int, ...] = ()
     deaths: int = 0
+    lonely_deaths: int = 0  # of them, those with nothing else under way
     lost_runs: Any = 0  # of each level, that a row has behind it and that gave nothing
     lost_seconds: Any = 0.0  # and their seconds
     theta: Any = None  # as sent

@@ -149,7 +149,7 @@ def test_a_row_that_kills_its_workers_is_found_and_the_rest_is_finished(client, 
     assert torch.equal(data.levels[1].coarse, whole.levels[1].coarse[rest])
     store = open_store(tmp_path / "store")
     assert store.failed(Stream(1, 1, (0, 1))) == {row: STATUSES.index("worker died")}
-    assert store.failures()["message"].str.contains("the last time alone").all()
+    assert store.failures()["message"].str.contains("the last 2 times alone").all()
 
 
 def test_a_cluster_that_ends_in_the_middle_is_told_and_nothing_is_lost(tmp_path):

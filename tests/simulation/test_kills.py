@@ -168,10 +168,41 @@ def test_a_row_that_kills_its_worker_is_found_and_the_rest_is_finished(tmp_path)
     assert torch.equal(data.levels[1].coarse, whole.levels[1].coarse[rest])
     store = open_store(tmp_path / "store")
     assert store.failed(Stream(1, 1, (0, 1))) == {row: STATUSES.index("worker died")}
-    assert store.failures()["message"].str.contains("died 3 times while it ran this row, the last time alone").all()
+    assert store.failures()["message"].str.contains("died 4 times with this row under way, the last 2 times alone").all()
     with pytest.warns(UserWarning, match="1 of 12"):  # and nothing is tried again: it would end this process
         again = simulate(stack, (20, 12), on_failure="drop", **options)
     assert same(again, data)
+
+
+def bystander(witness, culprit, folder):
+    """Kills its process for the culprit's theta always, for the witness's once: when the culprit did so twice."""
+
+    def simulate_row(theta, seed):
+        deaths = os.path.join(folder, "deaths")
+        if abs(float(theta[0]) - culprit) < 1e-6:
+            with open(deaths, "a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if abs(float(theta[0]) - witness) < 1e-6:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and (not os.path.exists(deaths) or os.path.getsize(deaths) < 2):
+                time.sleep(0.01)  # until the pool breaks
+            if not os.path.exists(os.path.join(folder, "died")):
+                open(os.path.join(folder, "died"), "x").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return one_seed_a_row(theta, seed)
+
+    return simulate_row
+
+
+def test_a_row_that_was_under_way_when_workers_died_is_not_to_blame_if_it_dies_once_itself(tmp_path):
+    theta, _ = RowSource(make(one_seed_a_row), seed=1, stream=1).rows(0, 12)
+    stack = make(bystander(float(theta[0, 0]), float(theta[1, 0]), str(tmp_path)))
+    with pytest.warns(UserWarning, match="1 of 12 at level 'dear'"):
+        data = simulate(stack, (20, 12), seed=1, workers=2, on_failure="drop", batch_size=1, progress=False)
+    assert (tmp_path / "died").exists()
+    whole = simulate(make(one_seed_a_row), (20, 12), seed=1, progress=False)
+    assert torch.equal(data.levels[1].fine, whole.levels[1].fine[[0, *range(2, 12)]])
 
 
 @pytest.mark.slow
