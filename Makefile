@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all theory lint clean
 
 # Set-up happens once; touching pyproject.toml or constraints.txt repeats it.
 $(STAMP): pyproject.toml constraints.txt
@@ -16,10 +16,14 @@ demo: $(STAMP)
 	@$(BIN)/mlsbi run ou --budget 20000 --seed 1 --ensemble 5 --out runs/demo --overwrite
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules -m "not slow" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules -m "not slow" -n 2 --dist worksteal
 
-test-all: $(STAMP)
-	@$(BIN)/python -m pytest tests mlsbi $(wildcard theory_checks) --doctest-modules
+# The property tests of the theory with ten times as many examples, others in every run.
+theory: $(STAMP)
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest theory_checks -n 2 --dist worksteal
+
+test-all: theory
+	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

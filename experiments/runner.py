@@ -22,7 +22,8 @@ def provenance() -> dict[str, Any]:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "../mlsbi", "."], cwd=here, capture_output=True, text=True, check=True
+        ["git", "status", "--porcelain", "--", "../mlsbi", "../theory_checks", "."],
+        cwd=here, capture_output=True, text=True, check=True,
     )
     return {
         "commit": commit.stdout.strip(),
