@@ -190,8 +190,8 @@ def main() -> None:
     content = {
         "random affine stacks": random_stacks(20 if quick else 300, 4000),
         "tasks": on_tasks(seeds, rows),
-        "networks on ou": activations(seeds, 1000 if quick else 4000),
-        "a step's gradient on ou": adjusted(seeds, 1000 if quick else 4000, 200 if quick else 2000),
+        "networks on ou": activations(seeds, 1000 if quick else 2000),
+        "a step's gradient on ou": adjusted(seeds, 1000 if quick else 2000, 200 if quick else 1000),
         "seconds of a report on ou": summarise([seconds_of_report() for _ in range(2 if quick else 5)]),
         "seeds": seeds,
     }

@@ -173,7 +173,7 @@ def measure_all(
         return [told(integrand, problem="; ".join(problems)) for integrand in integrands]
     blocks: list[tuple[_Shared, list[dict[str, Tensor]]]] = []
     try:
-        for first, last in _blocks(derive, integrands, rows):
+        for first, last in _blocks(derive, integrands, rows, seconds):
             if seconds is not None and first >= FEWEST_ROWS and time.monotonic() - start > seconds:
                 break
             active = [integrand if first < limit else None for integrand, limit in zip(integrands, rows, strict=True)]
@@ -214,9 +214,9 @@ def _joined(
 
 
 def _blocks(
-    derive: Differentiator, integrands: Sequence[Integrand | None], rows: Sequence[int]
+    derive: Differentiator, integrands: Sequence[Integrand | None], rows: Sequence[int], seconds: float | None
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, the first of the fewest, the later ones as large as memory allows; none crosses a limit."""
+    """Ranges of rows, none across a limit, as large as memory allows; where time is short each as all before it."""
     points = derive.coordinates.draw(1, seed=0)
     outputs = derive.coordinates.simulate(0, points).numel()
     along = points.dim if derive.exact else derive.directions
@@ -225,7 +225,7 @@ def _blocks(
         components = sum(len(integrand.names) for integrand, limit in zip(integrands, rows, strict=True)
                          if integrand is not None and start < limit)
         each = outputs * along + components * (outputs + derive.coordinates.dim + along)
-        size = min(max(start, FEWEST_ROWS), _LARGEST_BLOCK)  # twice the rows each time, so that time can be kept
+        size = _LARGEST_BLOCK if seconds is None else min(max(start, FEWEST_ROWS), _LARGEST_BLOCK)
         size = max(1, min(size, _BLOCK_NUMBERS // each))
         stop = min(start + size, *(limit for limit in (*rows, max(rows)) if limit > start))
         yield start, stop

@@ -32,7 +32,7 @@ def test_less_than_the_constant_is_violated_by_extremals(law, share):
     assert (check.verdict == "violated") == (share < 1), str(check)
 
 
-@properties(60)
+@properties(40)
 @given(problem=problems(density=("gaussian", "mixture"), gap=(1e-4, 1e-3)))
 def test_uncoupled_noise_violates_the_bound(problem):
     """The bound is of coupled levels; rows whose coarse half has other noise exceed it."""
@@ -52,7 +52,7 @@ def test_uncoupled_noise_violates_the_bound(problem):
     assert bad.verdict == "violated", str(bad)
 
 
-@properties(60)
+@properties(40)
 @given(problem=problems(density=("gaussian", "mixture"), gap=(1e-4, 1e-3)))
 def test_a_reversed_sign_violates_the_bound(problem):
     stack, density = problem

@@ -228,7 +228,10 @@ def test_progress_adds_up_to_the_rows():
     told = []
     measure(stack_of(cheap), rows=5000, advance=told.append)
     assert sum(told) == 5000
-    assert told[0] == FEWEST_ROWS
+    told.clear()
+    measure(stack_of(cheap), rows=5000, advance=told.append, seconds=1e6)
+    assert sum(told) == 5000
+    assert told[0] == FEWEST_ROWS  # the first of few, so that time can be kept
 
 
 def test_levels_that_add_nothing_differ_by_zero_everywhere():
@@ -374,8 +377,10 @@ def test_time_is_kept(monkeypatch, each, seconds):
 
 def test_plenty_of_time_changes_nothing(monkeypatch):
     stack, _ = slow_stack(monkeypatch, 1e-6)
-    assert_same(measure(stack, Loss(GAUSSIAN, "npe"), rows=500),
-                measure(stack, Loss(GAUSSIAN, "npe"), rows=500, seconds=1e6))
+    hurried, patient = (measure(stack, Loss(GAUSSIAN, "npe"), rows=500, seconds=seconds) for seconds in (1e6, None))
+    torch.testing.assert_close(hurried.values, patient.values, rtol=1e-12, atol=1e-12)
+    # Derivatives of a black box are along other directions in other blocks.
+    torch.testing.assert_close(hurried.slopes.mean(1), patient.slopes.mean(1), rtol=0.2, atol=0)
 
 
 def test_simulators_that_are_far_too_slow_are_refused_with_what_would_help(monkeypatch):

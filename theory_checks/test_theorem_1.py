@@ -38,7 +38,7 @@ def test_poincare_bound_holds_for_posteriors_of_every_kind(problem, seed):
     assert not failing(poincare_bound(measured(*problem, seed=seed)))
 
 
-@properties(100)
+@properties(50)
 @given(problem=problems(estimator="nle", density=ALL, **STACKS), seed=st.integers(0, 2**32 - 1))
 def test_poincare_bound_holds_for_likelihoods_of_every_kind(problem, seed):
     assert not failing(poincare_bound(measured(*problem, estimator="nle", seed=seed)))
@@ -85,7 +85,7 @@ def test_variances_of_means_fall_as_one_over_n(problem, seed):
             assert abs(slope.value + 1) < 5 * slope.error, str(slope)
 
 
-@properties(60)
+@properties(30)
 @given(stack=stacks(levels=2, gap=(1.0, 1.0)), data=st.data())
 def test_variance_falls_as_the_squared_level_difference(stack, data):
     """A family of stacks whose cheap level comes closer: variance, norm and bounds all have slope 2 in the gap."""
