@@ -50,6 +50,14 @@ ORDER = {
     "cli": ["targets", "requests", "folders", "running", "planning", "status", "main"],
 }
 TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor
+# Beside the package, and above all of it.
+THEORY = Path(mlsbi.__file__).parents[1] / "theory_checks"
+THEORY_ORDER = [
+    "poincare", "brackets", "recognise", "joint", "drawing", "precision", "laws", "densities", "coordinates", "tangents",
+    "integrands", "measuring", "tails", "sobolev", "assumptions", "bounds", "scaling", "stabilising", "fitting",
+    "sections", "wording", "report", "figure", "__main__", "stacks", "testing",
+]  # fmt: skip
+DRAWS_EXAMPLES = {"stacks", "testing", "conftest"}  # what may need hypothesis; reports do not
 
 
 def floor_of(part: str) -> int:
@@ -165,3 +173,21 @@ def test_the_library_leaves_global_random_state_alone():
         for line in path.read_text().splitlines():
             if any(call in line for call in seeding) and "Generator(" not in line:
                 assert path.name == "randomness.py", f"{path} touches global random state: {line}"
+
+
+@pytest.mark.parametrize("path", sorted(THEORY.glob("*.py")), ids=lambda path: path.stem)
+def test_theory_checks_import_down_and_say_what_they_are(path):
+    tree = ast.parse(path.read_text())
+    assert path.stem.startswith("test_") or ast.get_docstring(tree)
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    if path.stem.startswith("test_") or path.stem in ("__init__", "conftest"):
+        return
+    assert not {"hypothesis", "pytest"} & {name.split(".")[0] for name in imported} or path.stem in DRAWS_EXAMPLES
+    assert any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
+    for name in imported:
+        if name.split(".")[0] == "theory_checks" and "." in name:
+            assert THEORY_ORDER.index(name.split(".")[1]) < THEORY_ORDER.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_the_package_does_not_import_its_theory_checks():
+    assert not [path for path in ROOT.rglob("*.py") if "theory_checks" in path.read_text()]

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mlsbi.plots.style import BLACK, GREY, TEXT, add_note, dress, level_colours, new_figure
-from theory_checks.report import Section, TheoryReport
+from theory_checks.report import TheoryReport
+from theory_checks.sections import Section
 
 __all__ = ["theory_figure"]
 

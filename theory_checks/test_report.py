@@ -14,7 +14,8 @@ from mlsbi import MDN, NLE, NPE, BoxPrior, Level, LevelStack, MultilevelData, Tr
 from theory_checks.__main__ import main
 from theory_checks.densities import AffineGaussian
 from theory_checks.figure import theory_figure
-from theory_checks.report import fit_density, theory_report
+from theory_checks.fitting import fit_density
+from theory_checks.report import theory_report
 from theory_checks.testing import normal_prior_of, two_levels
 
 STACKS = """

@@ -77,7 +77,8 @@ def simulate(
     replays are counted as runs, and not made when rows of a checked campaign, such as a pilot's, are reused.
 
     A row fails if a simulator raises, runs out of time, gives NaN or infinite numbers or another shape, or kills its
-    worker twice while it runs alone. Failed rows leave a part of the prior out, whatever is done about them: see the fraction.
+    worker twice while it runs alone. Failed rows leave a part of the prior out, whatever is done about them: see the
+    fraction.
 
     Args:
         stack: Prior, noise and levels.

@@ -168,7 +168,8 @@ def test_a_row_that_kills_its_worker_is_found_and_the_rest_is_finished(tmp_path)
     assert torch.equal(data.levels[1].coarse, whole.levels[1].coarse[rest])
     store = open_store(tmp_path / "store")
     assert store.failed(Stream(1, 1, (0, 1))) == {row: STATUSES.index("worker died")}
-    assert store.failures()["message"].str.contains("died 4 times with this row under way, the last 2 times alone").all()
+    told = "died 4 times with this row under way, the last 2 times alone"
+    assert store.failures()["message"].str.contains(told).all()
     with pytest.warns(UserWarning, match="1 of 12"):  # and nothing is tried again: it would end this process
         again = simulate(stack, (20, 12), on_failure="drop", **options)
     assert same(again, data)
