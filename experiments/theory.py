@@ -29,12 +29,13 @@ from mlsbi.randomness import child_seed
 from mlsbi.simulation.campaign import simulate_level
 from theory_checks.bounds import check_bounds
 from theory_checks.densities import AffineGaussian
+from theory_checks.generators import Affine, NormalNoise, Perturbed, UniformNoise
 from theory_checks.integrands import Gradient, Loss
 from theory_checks.measuring import measure
 from theory_checks.report import TheoryReport, theory_report
 from theory_checks.scaling import difference_slope
 from theory_checks.stabilising import adjusted_gradient
-from theory_checks.stacks import Affine, NormalNoise, Perturbed, UniformNoise, box_prior, normal_prior
+from theory_checks.stacks import box_prior, normal_prior
 
 TASKS = ("ou", "ou2", "g_and_k", "toggle_switch")
 STEPS = {"64 + 8 rows": (64, 8), "1000 + 100 rows": (1000, 100)}
@@ -123,8 +124,8 @@ def summary(reports: list[TheoryReport]) -> dict[str, Any]:
                                              if c.verdict != "not applicable" and c.ratio > 0]),
             "slope in n": over([slope.value for s in sections for slope in s.sample_slopes]),
             "slope in the level difference": over([slope.value for s in sections for slope in s.difference_slopes]),
-            "parameters": section.parameters[0],
-            "parameters whose derivative jumps": over([float(s.parameters[1]) for s in sections]),
+            "parameters": section.parameters,
+            "parameters whose derivative jumps": over([float(s.jumping) for s in sections]),
             "slope of the gradient": over([slope.value for s in sections for slope in s.gradient_slopes]),
         }
     return told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 
 from mlsbi.levels import LevelStack
@@ -18,7 +19,8 @@ def load_stack(spec: str) -> LevelStack:
         spec: `path/to/file.py:name`.
 
     Raises:
-        ValueError: If the text has no name after the path, or the file has no stack of that name.
+        ValueError: If the text has no name after the path, the file fails while it runs, or it has no stack of that
+            name.
         FileNotFoundError: If there is no such file.
     """
     path_text, _, name = spec.rpartition(":")
@@ -36,6 +38,8 @@ def load_stack(spec: str) -> LevelStack:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a file that ends the program when it is run as one has no stack
+        raise ValueError(f"{_where(path, error)} raised {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
         # Functions of a module that cannot be imported travel to worker processes by value.
@@ -45,3 +49,12 @@ def load_stack(spec: str) -> LevelStack:
         found = [key for key, value in vars(module).items() if isinstance(value, LevelStack)]
         raise ValueError(f"Expected {path} to define a LevelStack called {name}; it defines {found or 'none'}.")
     return stack
+
+
+def _where(path: Path, error: BaseException) -> str:
+    """The file and the line of it that was reached."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == path.resolve():
+        return f"{path}, line {error.lineno},"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if Path(frame.filename).resolve() == path.resolve()]
+    return f"{path}, line {lines[-1]}," if lines else f"{path}"

@@ -53,9 +53,10 @@ TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor
 # Beside the package, and above all of it.
 THEORY = Path(mlsbi.__file__).parents[1] / "theory_checks"
 THEORY_ORDER = [
-    "poincare", "brackets", "recognise", "joint", "drawing", "precision", "laws", "densities", "coordinates", "tangents",
-    "integrands", "measuring", "tails", "sobolev", "assumptions", "bounds", "scaling", "stabilising", "fitting",
-    "sections", "wording", "report", "figure", "__main__", "stacks", "testing",
+    "poincare", "brackets", "recognise", "joint", "drawing", "precision", "laws", "densities", "coordinates",
+    "tangents", "jumps", "smoothness", "differentiating", "integrands", "measuring", "samples", "sobolev",
+    "assumptions", "bounds", "scaling", "stabilising", "fitting", "sections", "wording", "report", "figure",
+    "__main__", "generators", "stacks", "testing",
 ]  # fmt: skip
 DRAWS_EXAMPLES = {"stacks", "testing", "conftest"}  # what may need hypothesis; reports do not
 

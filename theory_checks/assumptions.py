@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mlsbi.randomness import child_seed
 from theory_checks.integrands import Integrand
+from theory_checks.jumps import count_jumps, random_way
 from theory_checks.measuring import Measured
-from theory_checks.tails import hill, looks_infinite
-from theory_checks.tangents import count_jumps, random_way
+from theory_checks.samples import FEWEST_FOR_TAILS, hill, looks_infinite
 
 __all__ = ["Assumption", "check_assumptions"]
 
@@ -58,7 +58,7 @@ def check_assumptions(measured: Measured, *, seed: int = 0) -> tuple[Assumption,
 def _a1(measured: Measured) -> Assumption:
     law = measured.law
     if law.constant is None:
-        return Assumption("A1", "fails", law.reason)
+        return Assumption("A1", "fails" if law.log_concave is False else "doubtful", law.reason)
     if law.log_concave:
         certain = law.source in ("table", "bracketed", "given")
         return Assumption("A1", "holds" if certain else "plausible", f"theta is {measured.theta_law.name}, the noise "
@@ -69,7 +69,10 @@ def _a1(measured: Measured) -> Assumption:
 
 def _a2(measured: Measured) -> Assumption:
     if measured.problem:
-        return Assumption("A2", "fails", measured.problem)
+        return Assumption("A2", "doubtful", "it cannot be told: nothing was measured")
+    if measured.rows < FEWEST_FOR_TAILS:
+        return Assumption("A2", "doubtful", f"{measured.rows} rows are too few to tell whether fourth moments are "
+                                            f"finite; {FEWEST_FOR_TAILS} would do")
     worst: tuple[float, float, str] = math.inf, 0.0, ""
     infinite = False
     for place, name in enumerate(measured.stack.names):

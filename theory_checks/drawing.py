@@ -12,11 +12,11 @@ from torch import Generator, Tensor
 
 from mlsbi.randomness import child_seed
 
-__all__ = ["FEWEST_ROWS", "DrawnLeaf", "draw_leaves"]
+__all__ = ["FEWEST_DRAWS", "DrawnLeaf", "draw_leaves"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-FEWEST_ROWS = 2000
+FEWEST_DRAWS = 2000
 _COLUMNS = 200
 _MOST_NUMBERS = 4 * 10**7
 _BLOCK_NUMBERS = 10**7
@@ -56,7 +56,7 @@ def draw_leaves(noise: Callable[[int, Generator], Any], *, rows: int, seed: int)
     rng = np.random.default_rng(child_seed(seed, 1))
     first = _named(noise(1, generator), 1)
     total = max(1, sum(leaf.numel() for leaf in first.values()))
-    rows = min(rows, max(FEWEST_ROWS, _MOST_NUMBERS // total))
+    rows = min(rows, max(FEWEST_DRAWS, _MOST_NUMBERS // total))
     block = max(1, min(rows, _BLOCK_NUMBERS // total))
     picked = {name: torch.from_numpy(_pick(leaf.numel(), rng)) for name, leaf in first.items()
               if leaf.is_floating_point()}

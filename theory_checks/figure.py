@@ -36,7 +36,7 @@ def theory_figure(report: TheoryReport) -> Figure:
     if not report.sections:
         axes = figure.subplots()
         axes.set_axis_off()
-        told = "No bound is stated:\n" + textwrap.fill(report.problem or "no density was given", 100)
+        told = textwrap.fill(f"Problem: {report.problem}", 100)
         axes.text(0.0, 0.98, told, transform=axes.transAxes, va="top", fontsize=TEXT, color=BLACK)
         return figure
     colours = level_colours(len(report.names))

@@ -136,7 +136,7 @@ class Gradient:
                 self._chosen.append((name, own))
                 names += [f"{name.removeprefix('density.')}[{index}]" for index in own.tolist()]
             start += tensor.numel()
-        self.names, self.total = tuple(names), total
+        self.names = tuple(names)
         known = getattr(density, "gradient_constants", None)
         self.growth = None if known is None else self._pick({f"density.{k}": v.growth for k, v in known.items()})
         self.lipschitz = None if known is None else self._pick({f"density.{k}": v.lipschitz for k, v in known.items()})

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from mlsbi.priors import Unbounded, check_prior, parameter_names, sample_prior
 from mlsbi.randomness import child_seed
 from theory_checks import poincare
-from theory_checks.drawing import FEWEST_ROWS, DrawnLeaf, draw_leaves
+from theory_checks.drawing import FEWEST_DRAWS, DrawnLeaf, draw_leaves
 from theory_checks.joint import from_joint_density, product_of_few
 from theory_checks.poincare import Law, product
 from theory_checks.precision import in_float64
@@ -24,6 +24,7 @@ from theory_checks.recognise import Fit, alike, dependent_groups, group_law, rec
 __all__ = ["NoiseLaw", "noise_law", "prior_law"]
 
 _DRAWS = 2048
+_DISCRETE = "discrete"
 _LARGEST_LOGIT = 25 * math.log(2)  # `Unbounded` goes no further in a box, and float64 soon rounds 1 - theta away
 
 
@@ -89,7 +90,7 @@ def noise_law(
         noise: A stack's noise function, or `"seed"`.
         rows: How many draws to look at; fewer, at least 2000, where that would be more than 4 10^7 numbers.
         seed: Of the draws.
-        given: The constant, where it is known.
+        given: The constant, where it is known; of no use where a part is discrete, in which nothing is differentiated.
 
     Raises:
         ValueError: If there are fewer than 2000 rows, or a draw is not finite.
@@ -103,11 +104,16 @@ def noise_law(
         if noise != "seed":
             raise TypeError(f'Expected noise(n, generator) or "seed"; got {noise!r}.')
         parts = [("noise", _discrete("noise is a seed (discrete)", 1))]
-    elif rows < FEWEST_ROWS:
-        raise ValueError(f"Expected at least {FEWEST_ROWS} rows; got {rows}.")
+    elif rows < FEWEST_DRAWS:
+        raise ValueError(f"Expected at least {FEWEST_DRAWS} rows; got {rows}.")
     else:
         parts = _parts(draw_leaves(noise, rows=rows, seed=seed), np.random.default_rng(child_seed(seed, 2)))
-    return NoiseLaw(_declare(product([law for _, law in parts]), given), tuple(parts))
+    law = product([law for _, law in parts])
+    discrete = [part for _, part in parts if part.name == _DISCRETE]
+    if given is not None and discrete:
+        return NoiseLaw(replace(law, reason=f"the declared constant is of no use, as {discrete[0].reason}"),
+                        tuple(parts))
+    return NoiseLaw(_declare(law, given), tuple(parts))
 
 
 def _declare(law: Law, given: float | None) -> Law:
@@ -195,7 +201,7 @@ def _imprecise(prior: Distribution, dim: int, problem: str) -> Law:
 
 
 def _discrete(what: str, coordinates: int) -> Law:
-    return Law("discrete", None, log_concave=False, source="none", coordinates=coordinates,
+    return Law(_DISCRETE, None, log_concave=False, source="none", coordinates=coordinates,
                reason=f"{what}: there is no derivative in it, so no Poincaré inequality")
 
 

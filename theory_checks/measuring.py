@@ -13,10 +13,13 @@ from torch import Tensor
 from mlsbi.levels import LevelStack
 from mlsbi.randomness import check_seed, child_seed
 from theory_checks.coordinates import Coordinates, Estimator, SimulatorProblem
+from theory_checks.differentiating import Differentiator, differentiator
 from theory_checks.integrands import Integrand
+from theory_checks.jumps import count_jumps, random_way
 from theory_checks.laws import noise_law, prior_law
 from theory_checks.poincare import Law, product
-from theory_checks.tangents import Differentiator, Smoothness, Tangents, count_jumps, differentiator, random_way
+from theory_checks.smoothness import Smoothness
+from theory_checks.tangents import Tangents
 
 __all__ = ["FEWEST_ROWS", "Measured", "measure", "measure_all"]
 
@@ -24,6 +27,7 @@ FEWEST_ROWS = 64
 """Rows that are run whatever time they take."""
 
 _LOOKED_AT = 256  # rows whose smoothness is looked at
+_GRADIENT_SHARE = 0.5  # of the time, after which gradients get no more rows
 _KEPT = 4096  # rows whose outputs are kept
 _LOOKED_FOR_JUMPS = 1000  # rows
 _JUMP_REACH = 0.3  # standard deviations along which the integrand's jumps are looked for
@@ -42,9 +46,11 @@ class Measured:
         theta_law: Law of theta in them.
         noise_law: Law of the noise.
         smoothness: How each level could be differentiated.
+        wanted: Rows that were asked for; there are fewer where time ran out.
         problem: Why nothing could be measured; all below is then empty.
         values: The integrand, `(L + 1, n, components)`.
-        slopes: Squared norm of the gradient of `f^l - f^(l-1)` in z, `f^(-1) = 0`, `(L + 1, n, components)`.
+        level_slopes: Squared norm of the gradient of `f^l` in z, `(L + 1, n, components)`.
+        slopes: That of `f^l - f^(l-1)`, with `f^(-1) = 0`, likewise.
         density_fourth: Fourth power of the norm of the integrand's gradient in v = (theta, x), likewise.
         output_fourth: `|G^l|^4`, `(L + 1, n)`.
         gradient_square: `|grad G^l|^2`, `(L + 1, n)`.
@@ -64,8 +70,10 @@ class Measured:
     theta_law: Law
     noise_law: Law
     smoothness: tuple[Smoothness, ...]
+    wanted: int
     problem: str | None = None
     values: Tensor = field(default_factory=torch.Tensor, repr=False)
+    level_slopes: Tensor = field(default_factory=torch.Tensor, repr=False)
     slopes: Tensor = field(default_factory=torch.Tensor, repr=False)
     density_fourth: Tensor = field(default_factory=torch.Tensor, repr=False)
     output_fourth: Tensor = field(default_factory=torch.Tensor, repr=False)
@@ -96,7 +104,7 @@ class Measured:
     @property
     def joint_fourth(self) -> Tensor:
         """`|grad g^l|^4` with `g = (G, theta)`, `(L + 1, n)`: theta adds D to the square."""
-        dim = self.stack.prior.event_shape[0]
+        dim = self.theta.shape[1]
         return self.gradient_fourth + 2 * dim * self.gradient_square + dim**2
 
 
@@ -165,26 +173,31 @@ def measure_all(
         looked_at = _rows_to_look_at(coordinates, looked_at, seconds, seed)
     derive, smoothness = differentiator(coordinates, rows=looked_at, directions=directions, seed=seed)
 
-    def told(integrand: Integrand | None, **found: Any) -> Measured:
-        return Measured(stack, integrand, estimator, *laws, tuple(smoothness), **found)
+    def told(place: int, **found: Any) -> Measured:
+        return Measured(stack, integrands[place], estimator, *laws, tuple(smoothness), rows[place], **found)
 
     problems = [one.problem for one in smoothness if one.problem]
     if problems:
-        return [told(integrand, problem="; ".join(problems)) for integrand in integrands]
+        return [told(place, problem="; ".join(problems)) for place in range(len(integrands))]
     blocks: list[tuple[_Shared, list[dict[str, Tensor]]]] = []
+    limits = list(rows)
     try:
-        for first, last in _blocks(derive, integrands, rows, seconds):
-            if seconds is not None and first >= FEWEST_ROWS and time.monotonic() - start > seconds:
+        for first, last in _blocks(derive, integrands, limits, seconds):
+            spent = 0.0 if seconds is None or first < FEWEST_ROWS else (time.monotonic() - start) / seconds
+            if spent > 1:
                 break
-            active = [integrand if first < limit else None for integrand, limit in zip(integrands, rows, strict=True)]
+            if spent > _GRADIENT_SHARE:  # what has many components stops with the rows it has
+                limits[:] = [limit if integrand is None or len(integrand.names) == 1 else min(limit, first)
+                             for integrand, limit in zip(integrands, limits, strict=True)]
+            active = [integrand if first < limit else None for integrand, limit in zip(integrands, limits, strict=True)]
             blocks.append(_block(derive, active, first, last, seed))
             if advance is not None:
                 advance(last - first)
     except SimulatorProblem as error:
-        return [told(integrand, problem=str(error)) for integrand in integrands]
-    found = [_joined(blocks, which, limit, len(stack)) for which, limit in enumerate(rows)]
-    return [told(integrand, **own, jumps=torch.Tensor() if integrand is None else _jumps(integrand, own, seed))
-            for integrand, own in zip(integrands, found, strict=True)]
+        return [told(place, problem=str(error)) for place in range(len(integrands))]
+    found = [_joined(blocks, which, limit, len(stack)) for which, limit in enumerate(limits)]
+    return [told(place, **own, jumps=torch.Tensor() if integrand is None else _jumps(integrand, own, seed))
+            for place, (integrand, own) in enumerate(zip(integrands, found, strict=True))]
 
 
 @dataclass(frozen=True)
@@ -247,8 +260,9 @@ def _block(
     for level in range(len(derive.coordinates.stack)):
         x, tangents = derive.outputs(level, points, along)
         if below is not None and x.shape != below[0].shape:
-            raise SimulatorProblem(f"levels give outputs of shapes {tuple(below[0].shape[1:])} and "
-                                   f"{tuple(x.shape[1:])}")
+            lower, upper = derive.coordinates.stack.names[level - 1:level + 1]
+            raise SimulatorProblem(f"levels '{lower}' and '{upper}' give outputs of shapes {tuple(below[0].shape[1:])} "
+                                   f"and {tuple(x.shape[1:])}, which cannot be compared: interpolate onto one grid")
         outputs.append(x)
         _put(shared, output_fourth=x.flatten(1).square().sum(1).square(), gradient_square=tangents.square(),
              gradient_fourth=tangents.fourth())
@@ -265,9 +279,10 @@ def _block(
                 raise SimulatorProblem(f"the density is not finite at {broken} of {len(points)} rows of level '{name}'")
             slope = evaluated.theta @ of_theta + evaluated.x @ tangents.values  # along directions, (n, components, k)
             before = slopes_below[place]
-            square = (slope if before is None else slope - before).square()
-            _put(own[place], values=evaluated.values, slopes=square.sum(-1) if derive.exact else square.mean(-1),
-                 density_fourth=(evaluated.theta.square().sum(-1) + evaluated.x.square().sum(-1)).square())
+            change = slope if before is None else slope - before
+            of_v = evaluated.theta.square().sum(-1) + evaluated.x.square().sum(-1)
+            _put(own[place], values=evaluated.values, level_slopes=_squared(slope, derive),
+                 slopes=_squared(change, derive), density_fourth=of_v.square())
             slopes_below[place] = slope
         below = x, tangents
     numbers = {name: torch.stack(tensors) for name, tensors in shared.items()}
@@ -284,6 +299,12 @@ def _jumps(integrand: Integrand, found: dict[str, Any], seed: int) -> Tensor:
     spread = integrand.values(theta, x).std(0)
     weight = torch.where(spread > 0, 1 / spread.clamp_min(1e-300), 0.0)
     return count_jumps(lambda at: integrand.values(*move(at)) * weight, len(theta), reach=_JUMP_REACH)
+
+
+def _squared(slopes: Tensor, derive: Differentiator) -> Tensor:
+    """Squared norms of gradients from derivatives along directions `(n, components, k)`."""
+    square = slopes.square()
+    return square.sum(-1) if derive.exact else square.mean(-1)
 
 
 def _put(found: dict[str, list[Tensor]], **tensors: Tensor) -> None:

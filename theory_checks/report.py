@@ -13,13 +13,13 @@ import pandas as pd
 
 from mlsbi.allocation.optimal import optimal_allocation
 from mlsbi.levels import LevelStack
-from mlsbi.simulation.scheduling import SimulationError
+from mlsbi.randomness import check_seed
 from theory_checks.assumptions import Assumption, check_assumptions
 from theory_checks.bounds import Check
 from theory_checks.coordinates import Estimator
-from theory_checks.fitting import resolve_density
+from theory_checks.fitting import Candidate, check_fit, fit_candidates, name_density
 from theory_checks.integrands import Gradient, Loss
-from theory_checks.measuring import Measured, measure, measure_all
+from theory_checks.measuring import FEWEST_ROWS, Measured, measure, measure_all
 from theory_checks.sections import Section, make_section
 from theory_checks.sobolev import SobolevNorms, sobolev_norms
 from theory_checks.wording import describe_law, describe_plan, sentences, table
@@ -42,6 +42,8 @@ class TheoryReport:
         n: Rows of each term that bounds are stated for.
         sizes: Where n comes from.
         rows: Rows that were run.
+        wanted: Rows that were asked for.
+        seconds: Time for running them; `None` where there was no limit.
         laws: What is known of theta and of the noise.
         constant: Poincaré constant of z; `None` where there is none.
         norms: W14 norms.
@@ -58,6 +60,8 @@ class TheoryReport:
     n: tuple[int, ...]
     sizes: str
     rows: int
+    wanted: int
+    seconds: float | None
     laws: tuple[str, str]
     constant: float | None
     norms: SobolevNorms
@@ -69,17 +73,16 @@ class TheoryReport:
 
     @property
     def violations(self) -> list[Check]:
-        """Bounds that are violated."""
-        return [check for section in self.sections for check in (*section.checks, *section.gradients)
-                if check.verdict == "violated"]
+        """Bounds that are violated, of losses, of all parameters together and of single ones."""
+        return [check for section in self.sections for check in section.violations]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per density, bound and level."""
+        """One row per density, bound and level; further ones for single parameters that violate a bound."""
         return pd.DataFrame([
             {"density": section.density, "bound": check.bound, "level": check.name, "component": check.component,
              "n": check.n, "variance": check.estimate, "its error": check.estimate_error, "limit": check.value,
              "limit's error": check.value_error, "ratio": check.ratio, "verdict": check.verdict, "reason": check.reason}
-            for section in self.sections for check in (*section.checks, *section.gradients)
+            for section in self.sections for check in section.every_check
         ])  # fmt: skip
 
     def save(self, folder: str | Path) -> Path:
@@ -98,20 +101,29 @@ class TheoryReport:
         kind = {"npe": "a posterior's density", "nle": "a likelihood's density"}[self.estimator]
         constant = "unknown" if self.constant is None else f"{self.constant:.4g}"
         lines = [
-            f"Theory of '{self.title}' in the coordinates of {kind}; {self.rows} rows, seed {self.seed}",
+            f"Theory of '{self.title}' in the coordinates of {kind}; {self._rows}seed {self.seed}",
             f"  n = {self.n}, {self.sizes}",
             f"  theta: {self.laws[0]}", f"  noise: {self.laws[1]}", f"  Poincaré constant of both: {constant}",
-            *str(self.norms).splitlines(), *map(str, self.assumptions),
         ]  # fmt: skip
+        if self.problem:
+            return "\n".join([*lines, *map(str, self.assumptions), "",
+                              f"Problem: {self.problem}. There are no norms and no bounds."])
+        lines += [*str(self.norms).splitlines(), *map(str, self.assumptions)]
         for section in self.sections:
             lines += ["", f"Density '{section.density}': {section.assumption}"]
             lines += table([*section.checks, *section.gradients])
             lines += [f"- {sentence}" for sentence in sentences(section)]
         if self.plan:
             lines += ["", self.plan]
-        if self.problem:
-            lines += ["", f"No bound is stated: {self.problem}."]
         return "\n".join(lines)
+
+    @property
+    def _rows(self) -> str:
+        if self.problem:
+            return ""
+        if self.rows < self.wanted and self.seconds is not None:
+            return f"{self.rows} of {self.wanted} rows in {self.seconds:g} s (more with --seconds), "
+        return f"{self.rows} rows, "
 
 
 def theory_report(
@@ -138,10 +150,11 @@ def theory_report(
         title: What the report calls it.
         densities: `"gaussian"` (an affine mean, by least squares, whose constants are known); names or builders of
             density estimators, which are trained on rows of the cheapest level; or densities and fitted estimators.
+            Any of them may be a pair `(name, density)`.
         estimator: `"npe"` or `"nle"`; fitted estimators must be of that kind.
         n: Rows of each term that bounds are stated for; ratios do not depend on it.
-        rows: Rows of the bounds.
-        seconds: Time after which fewer rows will do.
+        rows: Rows of the bounds, at least 64.
+        seconds: Time for these rows, after which fewer will do. At most a fourth of it is for rows to fit to.
         seed: Of everything random.
         parameters: Parameters of each density whose derivatives are looked at; 0 for none.
         embedding: Embedding of networks that are trained here.
@@ -149,48 +162,80 @@ def theory_report(
         theta_constant: Poincaré constant of theta, where it is known.
         noise_constant: Poincaré constant of the noise, where it is known.
         advance: Is told of every block of rows done.
+
+    Returns:
+        What was found. What is wrong with a simulator does not raise: it is in `problem`.
+
+    Raises:
+        ValueError: If an argument is out of range, or a density does not fit the stack.
+        TypeError: If something given as a density is none.
     """
-    options: dict[str, Any] = {"estimator": estimator, "seed": seed, "theta_constant": theta_constant,
-                               "noise_constant": noise_constant}
-    if parameters < 0:
-        raise ValueError(f"Expected parameters >= 0; got {parameters}.")
+    _check_numbers(stack, n, rows, seconds, seed, parameters)
+    for name, constant in (("theta_constant", theta_constant), ("noise_constant", noise_constant)):
+        if constant is not None and not 0 < constant < math.inf:
+            raise ValueError(f"Expected a positive, finite constant as {name}; got {constant}.")
+    if estimator not in ("npe", "nle"):
+        raise ValueError(f"Expected estimator 'npe' or 'nle'; got {estimator!r}.")
     if not densities:
         raise ValueError('Expected at least one density, such as "gaussian".')
+    named = [name_density(density, estimator) for density in densities]
+    given = [candidate for candidate, fresh in named if not fresh]
+    if parameters:
+        for candidate in given:
+            Gradient(candidate.density, estimator, most=1)  # which says what has no parameters
+    options: dict[str, Any] = {"estimator": estimator, "seed": seed, "theta_constant": theta_constant,
+                               "noise_constant": noise_constant}
+    # What cannot be checked cannot be trained on either.
+    first = measure(stack, rows=FEWEST_ROWS, seconds=seconds, **options)
+    asked = n, rows, seconds, seed
+    if first.problem:
+        return _assemble(title, [], [first], [], *asked)
+    for candidate in given:
+        check_fit(candidate, first.theta, first.outputs[0], estimator)
+    numbers = first.outputs[0][0].numel() if estimator == "npe" else first.theta.shape[1]
+    candidates = fit_candidates(named, stack, numbers, estimator=estimator, seed=seed, seconds=seconds,
+                                embedding=embedding, x_transform=x_transform)
+    integrands: list[Any] = [Loss(candidate.density, estimator) for candidate in candidates]
+    limits = [rows] * len(candidates)
+    if parameters:
+        integrands += [Gradient(candidate.density, estimator, most=parameters, seed=seed) for candidate in candidates]
+        limits += [min(rows, _GRADIENT_ROWS)] * len(candidates)
+    measured = measure_all(stack, integrands, rows=limits, seconds=seconds, advance=advance, **options)
+    return _assemble(title, candidates, measured[:len(candidates)], measured[len(candidates):], *asked)
+
+
+def _check_numbers(
+    stack: LevelStack, n: Sequence[int] | None, rows: int, seconds: float | None, seed: int, parameters: int
+) -> None:  # fmt: skip
+    """Raises ValueError where a number is out of range."""
+    if rows < FEWEST_ROWS:
+        raise ValueError(f"Expected rows >= {FEWEST_ROWS}, as fewer tell nothing; got {rows}.")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"Expected seconds > 0; got {seconds}.")
+    if parameters < 0:
+        raise ValueError(f"Expected parameters >= 0; got {parameters}.")
+    check_seed(seed)
     if n is not None and len(n) != len(stack):
         raise ValueError(f"Expected {len(stack)} sizes n, one per level; got {len(n)}.")
-    try:
-        named = [resolve_density(density, stack, estimator, seed, embedding, x_transform)
-                 for density in densities]
-    except (SimulationError, ValueError, RuntimeError):
-        # A simulator that cannot be checked often cannot be trained on either; then that is the finding.
-        found = measure(stack, rows=64, seconds=seconds, **options)
-        if not found.problem:
-            raise
-        return _assemble(title, [], [found], [], n, seed)
-    integrands: list[Any] = [Loss(density, estimator) for _, density in named]
-    limits = [rows] * len(named)
-    if parameters:
-        integrands += [Gradient(density, estimator, most=parameters, seed=seed) for _, density in named]
-        limits += [min(rows, _GRADIENT_ROWS)] * len(named)
-    measured = measure_all(stack, integrands, rows=limits, seconds=seconds, advance=advance, **options)
-    return _assemble(title, [name for name, _ in named], measured[:len(named)], measured[len(named):], n, seed)
+    if n is not None and not all(isinstance(size, int) and size >= 1 for size in n):
+        raise ValueError(f"Expected whole numbers of at least 1 as n; got {list(n)}.")
 
 
 def _assemble(
-    title: str, names: Sequence[str], losses: Sequence[Measured], gradients: Sequence[Measured],
-    n: Sequence[int] | None, seed: int,
+    title: str, candidates: Sequence[Candidate], losses: Sequence[Measured], gradients: Sequence[Measured],
+    n: Sequence[int] | None, rows: int, seconds: float | None, seed: int,
 ) -> TheoryReport:  # fmt: skip
     first = losses[0]
     a1, a2, _ = check_assumptions(first, seed=seed)
     sizes, origin = (tuple(n), "rows of each level's term") if n is not None else _default_sizes(first)
     sections = []
     if not first.problem:
-        for place, name in enumerate(names):
+        for place, candidate in enumerate(candidates):
             gradient = gradients[place] if gradients else None
-            sections.append(make_section(name, losses[place], gradient, sizes, seed))
+            sections.append(make_section(candidate, losses[place], gradient, sizes, seed))
     plan = describe_plan(first.stack, sections, sizes) if sections else ""
     return TheoryReport(
-        title, first.stack.names, first.estimator, seed, sizes, origin, first.rows,
+        title, first.stack.names, first.estimator, seed, sizes, origin, first.rows, rows, seconds,
         (describe_law(first.theta_law), describe_law(first.noise_law)), first.law.constant, sobolev_norms(first),
         (a1, a2), tuple(sections), first.problem, plan, tuple(losses),
     )  # fmt: skip

@@ -3,6 +3,7 @@ r"""How variances scale: as 1/n_l, and as the square of the difference between l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ __all__ = ["Slope", "difference_slope", "sample_size_slope"]
 
 _FEWEST_BATCHES = 32
 _LARGEST_BATCH = 64
-_SHARES = tuple(2.0**-power for power in range(9))
-_SMALL = 1 / 16  # shares from which the slope is taken: there a smooth density is as good as linear
+_SHARES = tuple(2.0**-power for power in range(15))
+_FIRST_FITTED = 4  # share 1/16: where a slope may be taken from on, as a smooth density is then nearly linear
+_FITTED = 5  # shares that a slope is taken from
+_STEADY = 0.05  # by how much slopes between neighbouring shares may differ there
 _BOOTSTRAP = 100
 _UNTOLD = 0.5  # standard error from which a slope tells nothing
 
@@ -87,6 +90,9 @@ def sample_size_slope(measured: Measured, level: int) -> Slope:
         # Relative error of a variance by the kurtosis of means; taken from the batches it would favour small variances.
         relative = gaussian + (kurtosis - 1 - gaussian) / size
         errors.append(math.sqrt(max(relative, gaussian / 20) / len(means)))
+    if not all(variance > 0 for variance in variances):
+        return Slope(level, -1.0, math.nan, math.nan, tuple(sizes.tolist()), tuple(variances), 0,
+                     "means of some rows vanish: do rows depend on each other?")
     # Weighted least squares on the logarithms, whose errors are relative ones.
     x, y = sizes.double().log(), torch.tensor(variances, dtype=torch.float64).log()
     weight = torch.tensor(errors, dtype=torch.float64) ** -2
@@ -120,29 +126,46 @@ def difference_slope(measured: Measured, level: int, *, seed: int = 0) -> Slope:
     rows = torch.stack([measured.integrand.values(theta, coarse + share * (fine - coarse)) - base
                         for share in _SHARES])  # (shares, n, components)
     variances = rows.var(1).sum(1)
-    fitted = sum(share <= _SMALL for share in _SHARES)
     # Below this the variance is that of rounding errors of the values that are subtracted.
     floor = 1e-24 * float(base.square().mean(0).sum())
-    reason = ""
     if not float(variances[0]) > floor:
-        reason = "the level adds nothing"
-    elif not float(variances[-fitted:].min()) > floor:
+        return Slope(level, 2.0, math.nan, math.nan, _SHARES, tuple(variances.tolist()), 0, "the level adds nothing")
+    # The fewer rows cross a jump, the less is seen of it: what jumps is not followed to ever smaller shares.
+    start = _window(variances, floor, most=1 if bool((measured.jumps > 0).any()) else len(_SHARES))
+    if start is None:
         reason = "the variance is decided by so few rows that it vanishes as levels approach each other"
-    if reason:
         return Slope(level, 2.0, math.nan, math.nan, _SHARES, tuple(variances.tolist()), 0, reason)
+    window = slice(start, start + _FITTED)
+    shares = _SHARES[window]
     generator = torch.Generator().manual_seed(child_seed(seed, 5, level))
     slopes = []
     for _ in range(_BOOTSTRAP):
         drawn = torch.randint(0, len(theta), (len(theta),), generator=generator)
-        again = rows[-fitted:, drawn].var(1).sum(1)
+        again = rows[window, drawn].var(1).sum(1)
         # Where the rows that it hangs on are left out there is no slope.
-        slopes.append(_slope(again, fitted) if bool((again > 0).all()) else math.inf)
+        slopes.append(_slope(shares, again) if bool((again > 0).all()) else math.inf)
     error = float(torch.tensor(slopes).std()) if all(map(math.isfinite, slopes)) else math.inf
-    return Slope(level, 2.0, _slope(variances[-fitted:], fitted), error, _SHARES, tuple(variances.tolist()), fitted)
+    return Slope(level, 2.0, _slope(shares, variances[window]), error, _SHARES[:window.stop],
+                 tuple(variances[:window.stop].tolist()), _FITTED)
 
 
-def _slope(variances: Tensor, fitted: int) -> float:
-    x = torch.tensor(_SHARES[-fitted:], dtype=torch.float64).log()
+def _window(variances: Tensor, floor: float, *, most: int) -> int | None:
+    """Where to fit: the first shares over which the slope stays the same, or the steadiest of so many windows."""
+    best, least = None, math.inf
+    for start in range(_FIRST_FITTED, min(_FIRST_FITTED + most, len(_SHARES) - _FITTED + 1)):
+        if not float(variances[start + _FITTED - 1]) > floor:
+            break
+        local = -variances[start:start + _FITTED].log2().diff()  # shares are halved
+        spread = float(local.max() - local.min())
+        if spread < least:
+            best, least = start, spread
+        if spread < _STEADY:
+            return start
+    return best
+
+
+def _slope(shares: Sequence[float], variances: Tensor) -> float:
+    x = torch.tensor(shares, dtype=torch.float64).log()
     x = x - x.mean()
     return float((x * variances.log()).sum() / (x * x).sum())
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mlsbi.levels import LevelStack
 from theory_checks.measuring import Measured, measure
+from theory_checks.samples import mean_and_error
 
-__all__ = ["Norm", "SobolevNorms", "mean_and_error", "sobolev_norms"]
+__all__ = ["Norm", "SobolevNorms", "sobolev_norms"]
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,6 @@ def sobolev_norms(stack: LevelStack | Measured, **options: Any) -> SobolevNorms:
         measured.stack.names, tuple(_norm(*pair) for pair in pairs), tuple(_norm(*pair) for pair in differences),
         method, error, measured.rows,
     )  # fmt: skip
-
-
-def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over rows, the first axis, and its standard error."""
-    return values.mean(0), values.std(0) / len(values) ** 0.5
 
 
 def _norm(function: Tensor, gradient: Tensor) -> Norm:

@@ -186,7 +186,7 @@ def test_gradients_in_parameters_are_those_of_single_rows(kind):
     theta, x = rows()
     expected = by_rows(density, theta, x)
     every = Gradient(density, "npe", most=10**6)
-    assert every.total == expected.shape[1] == len(every.names)
+    assert expected.shape[1] == len(every.names)
     torch.testing.assert_close(every.values(theta, x), expected, rtol=1e-9, atol=1e-11)
     some = Gradient(density, "npe", most=20, seed=3)
     places = [every.names.index(name) for name in some.names]
@@ -223,7 +223,7 @@ def test_slopes_of_gradients_follow_the_flattened_output(shape):
     theta, x = rows(n=3, shape=shape)
     gradient, step = Gradient(density, "npe"), 1e-6
     found = gradient.evaluate(theta, x)
-    assert found.x.shape == (3, gradient.total, 4)
+    assert found.x.shape == (3, len(gradient.names), 4)
     for index in range(4):
         by = (step * torch.eye(4, dtype=torch.float64)[index]).reshape(shape)
         slope = (gradient.values(theta, x + by) - gradient.values(theta, x - by)) / (2 * step)
@@ -234,7 +234,7 @@ def test_known_constants_of_gradients_are_in_the_order_of_their_names():
     density = AffineGaussian([[2.0, -1.0], [0.5, 3.0]], [0.3, -4.0], [0.2, -0.7])
     known = density.gradient_constants
     every = Gradient(density, "npe", most=100)
-    assert every.total == 8
+    assert len(every.names) == 8
     for name, growth, lipschitz in zip(every.names, every.growth.tolist(), every.lipschitz.tolist(), strict=True):
         parameter, place = name.removesuffix("]").split("[")
         assert growth == pytest.approx(float(known[parameter].growth.flatten()[int(place)]))
@@ -257,7 +257,7 @@ def test_frozen_parameters_and_buffers_are_left_out():
     module.register_buffer("offset", torch.ones(1))
     module.body[0].weight.requires_grad_(requires_grad=False)
     gradient = Gradient(module, "npe")
-    assert gradient.total == 8 + 8 + 1
+    assert len(gradient.names) == 8 + 8 + 1
     assert not any("body.0.weight" in name or "offset" in name for name in gradient.names)
 
 

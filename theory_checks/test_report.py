@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from mlsbi import MDN, NLE, NPE, BoxPrior, Level, LevelStack, MultilevelData, TrainingOptions
+from theory_checks import __main__ as command
+from theory_checks import report as report_module
 from theory_checks.__main__ import main
 from theory_checks.densities import AffineGaussian
 from theory_checks.figure import theory_figure
-from theory_checks.fitting import fit_density
 from theory_checks.report import theory_report
 from theory_checks.testing import normal_prior_of, two_levels
 
@@ -66,6 +68,14 @@ def stacks(tmp_path_factory):
     return path
 
 
+def boxed(folder, output="theta + noise"):
+    path = folder / "mine.py"
+    path.write_text("import torch\nfrom mlsbi import BoxPrior, Level, LevelStack\n"
+                    "stack = LevelStack(BoxPrior([0.0], [1.0]), lambda n, g: torch.randn(n, 1, generator=g),\n"
+                    f"                   [Level('only', lambda theta, noise: {output})])\n", encoding="utf-8")
+    return path
+
+
 def call(target, *arguments, density="gaussian"):
     return main([str(target), "--density", density, "--rows", "200", "--parameters", "0", "--quiet", *arguments])
 
@@ -78,7 +88,7 @@ def report():
 def test_every_part_is_in_the_text(report):
     text = str(report)
     for part in ("600 rows, seed 2", "theta: standard normal", "noise: standard normal", "Poincaré constant of both: 1",
-                 "W14 norms by autodiff", "A1 holds", "A2 plausible", "Density 'gaussian': A3 holds", "(P)", "(S0)",
+                 "W14 norms by autodiff", "A1 holds", "A2 ", "Density 'gaussian': A3 holds", "(P)", "(S0)",
                  "(Sl)", "(T)", "Every bound that applies holds.", "all parameters", "Theorem 2", "Theorem 3",
                  "rescale"):
         assert part in text, part
@@ -136,8 +146,7 @@ def test_the_figure_of_levels_that_cannot_be_measured_says_why(tmp_path):
     figure = theory_figure(theory_report(broken, densities=["gaussian"], rows=100))
     figure.savefig(tmp_path / "theory.png", dpi=40)
     said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
-    assert "No bound is stated" in said
-    assert "not differentiable" in said
+    assert "Problem: level 'only' is not differentiable" in said
 
 
 def test_levels_that_add_nothing_are_told_and_drawn(tmp_path):
@@ -146,8 +155,9 @@ def test_levels_that_add_nothing_are_told_and_drawn(tmp_path):
 
     stack = LevelStack(normal_prior_of(1), normal_noise, [Level("a", total, 1.0), Level("b", total, 2.0)])
     found = theory_report(stack, densities=["gaussian"], rows=300, parameters=2)
-    assert "Level 1: the level adds nothing." in str(found)
-    assert "power no slope" not in str(found)
+    assert str(found).count("the level adds nothing") == 1
+    assert "No slope at level 1: the level adds nothing." in str(found)
+    assert "no slope" not in str(found)
     assert found.violations == []
     theory_figure(found).savefig(tmp_path / "theory.png", dpi=40)
 
@@ -155,8 +165,74 @@ def test_levels_that_add_nothing_are_told_and_drawn(tmp_path):
 def test_a_jumping_density_is_not_promised_the_rate():
     found = theory_report(two_levels(0.1), densities=[lambda theta, x: (theta[:, 0] > x[:, 0]).double()], rows=1000,
                           parameters=0)
-    assert "theory: 2); for the levels as they are" not in str(found)
+    assert "as they are, have" not in str(found)
     assert found.sections[0].assumption.verdict == "fails"
+
+
+def test_a_problem_is_told_once():
+    found = theory_report(ladder(1, BoxPrior([0.0], [1.0])), densities=["gaussian"], rows=100, parameters=0)
+    assert "Problem" not in str(found)
+    broken = LevelStack(normal_prior_of(1), normal_noise, [Level("only", lambda theta, noise: theta.round())])
+    found = theory_report(broken, densities=["gaussian", "nsf"], rows=100)
+    assert str(found).count("not differentiable") == 1
+    assert str(found).count("Problem: ") == 1
+    assert "0 rows" not in str(found)
+
+
+def test_nothing_is_fitted_to_a_simulator_with_a_problem(monkeypatch):
+    monkeypatch.setattr(report_module, "fit_candidates", lambda *_, **__: pytest.fail("it was"))
+    rows = []
+
+    def rounded(theta, noise):
+        rows.append(len(theta))
+        return theta.round()
+
+    assert theory_report(LevelStack(normal_prior_of(1), normal_noise, [Level("only", rounded)])).problem
+    assert max(rows) <= 64
+
+
+def test_few_rows_are_told_and_not_planned_by():
+    heavy = LevelStack(normal_prior_of(1), normal_noise, [
+        Level("a", lambda theta, noise: (1.5 * theta).exp() + noise, 1.0),
+        Level("b", lambda theta, noise: (1.6 * theta).exp() + noise, 2.0),
+    ])  # fmt: skip
+    found = theory_report(heavy, densities=[AffineGaussian([[0.5]], [0.0], [0.0])], rows=64, parameters=2)
+    text = str(found)
+    assert "from 64 rows: errors of up to" in text
+    assert "may stand in" not in text
+    assert found.plan == ""
+    many = theory_report(two_levels(0.1), densities=[AffineGaussian([[0.5]], [0.0], [0.0])], rows=2000, parameters=0)
+    assert "errors of up to" not in str(many)
+    assert many.plan
+
+
+def test_time_that_ran_out_is_told():
+    def slow(theta, noise):
+        time.sleep(0.002)
+        return theta + noise
+
+    stack = LevelStack(normal_prior_of(1), normal_noise, [Level("only", slow)])
+    found = theory_report(stack, densities=["gaussian"], rows=10**7, seconds=0.5, parameters=0)
+    assert found.rows < 10**7
+    assert f"{found.rows} of 10000000 rows in 0.5 s (more with --seconds)" in str(found)
+
+
+def test_a_single_parameter_that_violates_a_bound_is_a_violation():
+    """A wrong constant breaks bounds on the derivatives, of which the report keeps every parameter."""
+    found = theory_report(two_levels(0.1), densities=[AffineGaussian([[0.5]], [0.0], [0.0])], rows=500,
+                          theta_constant=1e-9, noise_constant=1e-9)
+    section, table = found.sections[0], found.to_frame()
+    assert section.violating == section.parameters == 3
+    assert len({check.component for check in section.broken}) == 3
+    assert len(section.broken) > 3
+    assert set(section.broken) <= set(found.violations)
+    assert len(table) == len(section.every_check)
+    assert {"slope[0]", "shift[0]", "log_precision[0]"} <= set(table[table["verdict"] == "violated"]["component"])
+    text = str(found)
+    assert "Every bound that applies holds" not in text
+    assert "3 of them violate a bound" in text
+    assert "in 3 single parameters: " in text
+    assert text.count("The declared constant of theta may be too small. The declared constant of the noise") == 1
 
 
 def test_a_plan_by_a_loose_bound_is_not_recommended():
@@ -191,33 +267,45 @@ def test_a_fitted_likelihood_is_checked_in_its_box():
 
 def test_an_estimator_of_the_other_kind_is_refused():
     prior = BoxPrior([0.0], [1.0])
-    with pytest.raises(ValueError, match='kind "npe"; got one of kind "nle"'):
-        theory_report(ladder(2, prior), densities=[fitted(NLE, prior)], rows=100)
+    with pytest.raises(ValueError, match='kind "npe"; got one of kind "nle": old'):
+        theory_report(ladder(2, prior), densities=[("old", fitted(NLE, prior))], rows=100)
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"densities": []}, "densit"),
     ({"n": (10,)}, "2 sizes n, one per level; got 1"),
     ({"n": (10, 0)}, "at least 1"),
-    ({"rows": 1}, "at least 2 rows"),
+    ({"rows": 63}, "rows >= 64, as fewer tell nothing; got 63"),
+    ({"seconds": 0.0}, "seconds > 0; got 0.0"),
+    ({"seed": -1}, "as seed; got -1"),
+    ({"theta_constant": 0.0}, "constant as theta_constant; got 0.0"),
+    ({"noise_constant": math.inf}, "constant as noise_constant; got inf"),
+    ({"estimator": "both"}, "estimator 'npe' or 'nle'; got 'both'"),
+    ({"densities": ["gaussian", "nope"]}, "Unknown density 'nope'"),
+    ({"densities": [lambda theta, x: theta[:, 0]], "parameters": 1}, "density with parameters"),
     ({"densities": ["nonsense"]}, "Unknown density 'nonsense'"),
     ({"parameters": -1}, "parameters"),
 ])  # fmt: skip
-def test_reports_name_what_is_wrong(options, message):
+def test_reports_name_what_is_wrong_before_anything_runs(options, message):
+    ran = []
+
+    def run(theta, noise):
+        ran.append(len(theta))
+        return theta + noise
+
+    stack = LevelStack(normal_prior_of(1), normal_noise, [Level("a", run), Level("b", run)])
     with pytest.raises(ValueError, match=message):
-        theory_report(two_levels(0.1), **{"densities": ["gaussian"], "rows": 100, "parameters": 0, **options})
+        theory_report(stack, **{"densities": ["gaussian"], "rows": 100, "parameters": 0, **options})
+    assert ran == []
 
 
-@pytest.mark.parametrize("estimator", ["npe", "nle"])
-def test_a_gaussian_is_fitted_in_the_estimators_coordinates(estimator):
-    levels = [Level("only", lambda theta, noise: 3 * theta + 0.1 * noise)]
-    stack = LevelStack(BoxPrior([2.0], [4.0]), normal_noise, levels)
-    density = fit_density("gaussian", stack, estimator=estimator, rows=2000)
-    if estimator == "nle":
-        assert density.slope.item() == pytest.approx(3, rel=0.01)
-        assert density.log_precision.item() == pytest.approx(math.log(10), abs=0.1)
-    else:  # the logit of a uniform and the uniform have correlation 0.955
-        assert density.slope.item() == pytest.approx(0.955 * (math.pi / 3**0.5) / (3 * 2 / 12**0.5), rel=0.05)
+@pytest.mark.parametrize(("density", "message"), [
+    (AffineGaussian([[0.5, 0.5]], [0.0], [0.0]), "'old' does not fit the stack, with 1 parameters and outputs of"),
+    (AffineGaussian([[0.5]], [0.0], [0.0]).constants, "Expected a density with log_prob"),
+])  # fmt: skip
+def test_densities_that_do_not_fit_are_named(density, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        theory_report(two_levels(0.1), densities=[("old", density)], rows=100, parameters=0)
 
 
 def test_the_same_seed_gives_the_same_report():
@@ -236,7 +324,7 @@ def test_progress_is_told():
 
 @pytest.mark.parametrize(("name", "code", "text"), [
     ("stack", 0, "Every bound that applies holds."), ("one", 0, "Every bound that applies holds."),
-    ("same", 0, "the level adds nothing"), ("jumps", 1, "No bound is stated: level 'only' is not differentiable"),
+    ("same", 0, "the level adds nothing"), ("jumps", 1, "Problem: level 'only' is not differentiable"),
     ("fails", 1, "level 'only' raised ZeroDivisionError"), ("seeded", 1, "no Poincaré inequality"),
 ])  # fmt: skip
 def test_the_exit_code_says_whether_bounds_hold(stacks, capsys, name, code, text):
@@ -268,24 +356,49 @@ def test_files_and_figure_are_written_where_asked(stacks, capsys, tmp_path, name
 
 
 def test_a_saved_estimator_is_read_from_its_folder(tmp_path, capsys):
-    path = tmp_path / "mine.py"
-    path.write_text("import torch\nfrom mlsbi import BoxPrior, Level, LevelStack\n"
-                    "stack = LevelStack(BoxPrior([0.0], [1.0]), lambda n, g: torch.randn(n, 1, generator=g),\n"
-                    "                   [Level('only', lambda theta, noise: theta + noise)])\n", encoding="utf-8")
+    path = boxed(tmp_path)
     for kind, words in ((NPE, "a posterior's density"), (NLE, "a likelihood's density")):
         folder = fitted(kind, BoxPrior([0.0], [1.0])).save(tmp_path / kind.__name__)
         assert call(f"{path}:stack", density=str(folder)) == 0
         out = capsys.readouterr().out
         assert words in out
-        assert f"Density '{kind.__name__}'" in out
+        assert f"Density '{folder}'" in out
+
+
+def test_saved_estimators_of_two_kinds_are_both_named(tmp_path, capsys):
+    path, prior = boxed(tmp_path), BoxPrior([0.0], [1.0])
+    folders = [str(fitted(kind, prior).save(tmp_path / kind.__name__)) for kind in (NPE, NLE)]
+    for more in ([], ["--estimator", "npe"]):
+        assert call(f"{path}:stack", "--density", folders[1], *more, density=folders[0]) == 2
+        err = capsys.readouterr().err
+        assert f'{folders[0]} ("npe") and {folders[1]} ("nle")' in err
+    assert call(f"{path}:stack", "--estimator", "npe", density=folders[1]) == 2
+    assert folders[1] in capsys.readouterr().err
+
+
+def test_a_saved_estimator_of_other_shapes_is_named(stacks, tmp_path, capsys):
+    prior = BoxPrior([0.0], [1.0])
+    folder = fitted(NPE, prior).save(tmp_path / "old")
+    path = boxed(tmp_path, output="torch.cat([theta, noise], 1)")
+    assert call(f"{path}:stack", density=str(folder)) == 2
+    err = capsys.readouterr().err
+    assert f"Density '{folder}' does not fit the stack: it is of 1 parameters and outputs of shape (1,)" in err
+    assert "the stack of 1 and (2,)" in err
+
+
+def test_what_nobody_expected_is_no_finding(stacks, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_sizes", lambda text: 1 / 0)
+    assert call(f"{stacks}:stack", "--n", "1,1") == 2
+    assert "theory_checks: unexpected ZeroDivisionError: division by zero" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--n", "10"], "2 sizes n, one per level; got 1"),
     (["--n", "10,ten"], "--n as whole numbers like 1000,100; got '10,ten'"),
     (["--n", "0,5"], "at least 1 as n"),
-    (["--rows", "1"], "at least 2 rows"),
-    (["--rows", "-5"], "at least 2 rows"),
+    (["--rows", "63"], "rows >= 64, as fewer tell nothing; got 63"),
+    (["--rows", "-5"], "got -5"),
+    (["--out", ""], "a folder as --out; got an empty name"),
     (["--seconds", "0"], "seconds > 0"),
     (["--seed", "-1"], "at least 0 as seed"),
     (["--theta-constant", "-1"], "positive, finite constant"),
@@ -310,7 +423,8 @@ def test_a_file_is_no_folder(stacks, capsys):
 @pytest.mark.parametrize(("text", "target", "message"), [
     (None, "there/is/none.py:stack", "no file"),
     ("stack = 3\n", "{}:stack", "LevelStack called stack"),
-    ("import no_such_module_at_all\n", "{}:stack", "no_such_module_at_all"),
+    ("\nimport no_such_module_at_all\n", "{}:stack", "mine.py, line 2, raised ModuleNotFoundError: No module named "),
+    ("class Own(Exception): pass\nraise Own('so')\n", "{}:stack", "mine.py, line 2, raised Own: so"),
     (None, "no-such-task", "no-such-task"),
 ])  # fmt: skip
 def test_wrong_targets_are_named_without_a_traceback(tmp_path, capsys, text, target, message):

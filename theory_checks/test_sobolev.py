@@ -10,7 +10,8 @@ from torch.distributions import Independent, Normal
 
 from mlsbi import BoxPrior, Level, LevelStack, per_sample
 from theory_checks.measuring import measure
-from theory_checks.sobolev import mean_and_error, sobolev_norms
+from theory_checks.samples import mean_and_error
+from theory_checks.sobolev import sobolev_norms
 from theory_checks.stacks import stacks
 from theory_checks.testing import normal_prior_of
 

@@ -11,22 +11,8 @@ from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.levels import LevelStack
 from mlsbi.randomness import seeded
 from theory_checks.densities import AffineGaussian, SharedMixture
-from theory_checks.stacks import (
-    Affine,
-    MixedNoise,
-    NoiseBlock,
-    NormalNoise,
-    Polynomial,
-    Saturating,
-    UniformNoise,
-    box_prior,
-    gaussians,
-    mixtures,
-    networks,
-    problems,
-    random_network,
-    stacks,
-)
+from theory_checks.generators import Affine, MixedNoise, NoiseBlock, NormalNoise, Polynomial, Saturating, UniformNoise
+from theory_checks.stacks import box_prior, gaussians, mixtures, networks, problems, random_network, stacks
 
 
 def inputs(stack, n, seed=0):

@@ -10,7 +10,10 @@ from torch.distributions import Independent, Normal
 
 from mlsbi import BoxPrior, Level, LevelStack, per_sample
 from theory_checks.coordinates import Coordinates
-from theory_checks.tangents import Tangents, check_smoothness, count_jumps, differentiator
+from theory_checks.differentiating import differentiator
+from theory_checks.jumps import count_jumps
+from theory_checks.smoothness import check_smoothness
+from theory_checks.tangents import Tangents
 from theory_checks.testing import normal_prior_of
 
 

@@ -8,11 +8,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mlsbi import BoxPrior, Level, LevelStack
-from theory_checks.bounds import INFINITE, check_bounds, poincare_bound, sobolev_bound, theorem_bound
+from theory_checks.bounds import check_bounds, poincare_bound, sobolev_bound, theorem_bound
+from theory_checks.generators import Perturbed
 from theory_checks.integrands import Loss
 from theory_checks.measuring import measure
 from theory_checks.scaling import difference_slope, sample_size_slope
-from theory_checks.stacks import Perturbed, problems, stacks
+from theory_checks.stacks import problems, stacks
 from theory_checks.testing import known_constants, properties, two_levels
 
 ROWS = 1500
@@ -27,9 +28,8 @@ def measured(stack, density, *, estimator="npe", rows=ROWS, seed=0):
 
 
 def failing(checks):
-    """Checks that are neither kept nor refused for tails that look too heavy, as cubes of normals may by chance."""
-    return [str(check) for check in checks if check.verdict == "violated"
-            or check.verdict == "not applicable" and check.reason != INFINITE]
+    """Checks that are not kept."""
+    return [str(check) for check in checks if check.verdict not in ("holds", "within error")]
 
 
 @properties(200)
@@ -53,14 +53,8 @@ def test_theorem_1_holds_for_densities_with_known_constants(estimator, data, see
     assert not failing([*sharp, *sobolev, *theorem])
     # Each bound follows from the one before by inequalities that hold for means over any rows: no error to allow for.
     for p, s, t in zip(sharp, sobolev, theorem, strict=True):
-        assert not p.value > s.value * (1 + 1e-9)
-        assert not s.value > t.value * (1 + 1e-9)
-
-
-@properties(30)
-@given(problem=problems(density=ALL, generators=["affine", "saturating"], noises=["uniform"], priors=["normal"]))
-def test_no_bound_is_refused_where_all_is_tame(problem):
-    assert all(check.verdict != "not applicable" for check in poincare_bound(measured(*problem)))
+        assert p.value <= s.value * (1 + 1e-9)
+        assert s.value <= t.value * (1 + 1e-9)
 
 
 @properties(30)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from theory_checks.bounds import ALL, INFINITE, JUMPS, check_bounds, gradient_bounds, poincare_bound
+from theory_checks.bounds import ALL, JUMPS, check_bounds, gradient_bounds, poincare_bound
 from theory_checks.integrands import Gradient
 from theory_checks.measuring import measure
 from theory_checks.scaling import difference_slope
@@ -25,7 +25,7 @@ def test_poincare_bound_holds_for_every_parameter_of_a_network(problem, seed):
     options = {"rows": ROWS, "seed": seed, **known_constants(stack, "npe")}
     checks = poincare_bound(measure(stack, Gradient(density, "npe", most=60, seed=seed), **options))
     assert not [str(check) for check in checks if check.verdict == "violated"]
-    assert any(check.verdict != "not applicable" or check.reason == INFINITE for check in checks)
+    assert any(check.verdict != "not applicable" for check in checks)
 
 
 @properties(15)
@@ -33,8 +33,7 @@ def test_poincare_bound_holds_for_every_parameter_of_a_network(problem, seed):
 def test_every_parameter_of_a_smooth_network_has_a_bound(problem):
     stack, density = problem
     checks = gradient_bounds(stack, density, rows=200, **known_constants(stack, "npe"))
-    assert all(check.verdict in ("holds", "within error") or check.reason == INFINITE
-               for check in checks if check.bound == "P")
+    assert {check.verdict for check in checks if check.bound == "P"} <= {"holds", "within error"}
 
 
 def test_derivatives_in_parameters_before_a_relu_jump_and_have_no_bound():
@@ -78,12 +77,12 @@ def test_all_bounds_hold_for_every_parameter_of_a_gaussian(problem, seed):
     checks = gradient_bounds(stack, density, rows=ROWS, seed=seed, estimator="nle", **known_constants(stack, "nle"))
     parameters = sum(parameter.numel() for parameter in density.parameters())
     assert len(checks) == 3 * len(stack) * (parameters + 1)
-    assert not [str(check) for check in checks if check.verdict == "violated"]
+    assert not [str(check) for check in checks if check.verdict not in ("holds", "within error")]
     thirds = [checks[part * len(checks) // 3: (part + 1) * len(checks) // 3] for part in range(3)]
     for p, s, t in zip(*thirds, strict=True):
         assert p.component == s.component == t.component
-        assert not p.value > s.value * (1 + 1e-9) + 1e-300
-        assert not s.value > t.value * (1 + 1e-9) + 1e-300
+        assert p.value <= s.value * (1 + 1e-9) + 1e-300
+        assert s.value <= t.value * (1 + 1e-9) + 1e-300
 
 
 def test_variances_of_all_parameters_add_up():

@@ -1,4 +1,4 @@
-r"""How heavy tails are, from samples: whether a moment looks infinite."""
+r"""What samples tell: means with their errors, how heavy tails are, whether a moment looks infinite."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import math
 
 from torch import Tensor
 
-__all__ = ["hill", "looks_infinite"]
+__all__ = ["FEWEST_FOR_TAILS", "hill", "looks_infinite", "mean_and_error"]
+
+FEWEST_FOR_TAILS = 2000
+"""Values below which nothing is said of tails."""
 
 _SHARES = (0.01, 0.0025)  # of the values, at which the tail index is estimated
 _SHAPE_SHARE = 0.05  # of the values, whose shape tells a power law from what only looks like one
 _POWER_LAW = 0.92  # coefficient of variation of log excesses: 1 for a power law, below .9 for a log-normal and lighter
+
+
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over rows, the first axis, and its standard error."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
 
 
 def hill(values: Tensor, share: float = _SHARES[0]) -> tuple[float, float]:
@@ -45,12 +53,15 @@ def looks_infinite(values: Tensor, moment: float) -> bool:
 
     Their tail index must be below it by three standard errors, in the outer hundredth and farther out, and the tail
     must look like a power law: the logarithms of what exceeds a level have the same spread as mean. Log-normal values
-    have all moments, though a small index at any level; their tails bend down.
+    have all moments, though a small index at any level; their tails bend down. Fewer than `FEWEST_FOR_TAILS` values
+    cannot tell these apart, and never look infinite.
 
     Args:
         values: Shape `(n,)`.
         moment: Order of the moment.
     """
+    if len(values) < FEWEST_FOR_TAILS:
+        return False
     for share in _SHARES:
         index, error = hill(values, share)
         if not index + 3 * error < moment:
