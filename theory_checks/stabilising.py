@@ -62,9 +62,14 @@ def adjusted_gradient(
         weights: a_0 .. a_L; 1 when left out.
         repetitions: Steps.
         seed: Of their rows.
+
+    Raises:
+        ValueError: If n does not have one positive number per level.
     """
     values = measured.values  # (L + 1, rows, parameters)
     levels, rows, parameters = values.shape
+    if len(n) != levels or not all(isinstance(size, int) and size >= 1 for size in n):
+        raise ValueError(f"Expected {levels} whole numbers of at least 1 as n, one per level; got {list(n)}.")
     a = torch.ones(levels, dtype=values.dtype) if weights is None else torch.tensor(weights, dtype=values.dtype)
     generator = torch.Generator().manual_seed(child_seed(seed, 6))
     steps = torch.empty(repetitions, parameters, dtype=values.dtype)
