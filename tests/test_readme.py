@@ -172,3 +172,29 @@ def test_claims_about_planning_are_the_measured_ones():
     options = measured["options"]
     assert options["call warned"] == 0
     assert options["digital warned"] == len(options["seeds"])
+
+
+def test_theory_numbers_are_the_measured_ones():
+    measured = result("theory")
+    ratios = measured["random affine stacks"]["variance over bound"]
+    assert measured["random affine stacks"]["violated"] == 0
+    names = {"variance over bound (P)": "P, level 1", "the same, (Sl)": "Sl", "the same, (T)": "T, level 1"}
+    for start, name in names.items():
+        assert row_of(start)[1] == f"{ratios[name]['median']:.2g} ({ratios[name]['largest']:.2g})"
+    ou, networks = measured["tasks"]["ou"], measured["networks on ou"]
+    loose = [f"{ou[name]['bound (P) over variance']['median']:.1f}" for name in ("gaussian", "nsf")]
+    assert row_of("bound (P) over the variance on `ou`")[1] == ", ".join(loose)
+    for start, what in (("slope of the variance of the loss", "loss"), ("slope of that of its gradient", "gradient")):
+        told = [f"{networks[name][what]['mean']:.2f} +- {networks[name][what]['standard_error']:.2g}"
+                for name in ("nsf", "mdn")]
+        assert row_of(start)[1] == ", ".join(told)
+    told = [f"{networks[name]['jumping']['mean']:.0%}" for name in ("nsf", "mdn")]
+    assert row_of("parameters in which")[1] == ", ".join(told)
+    steps = measured["a step's gradient on ou"]["30 epochs"]
+    told = [f"{steps[f'1000 + 100 rows, {way}']['bias']['mean']:.0%}"
+            for way in ("plain", "rescale", "project", "rescale + project")]
+    assert row_of("bias of a step's gradient")[1] == ", ".join(told)
+    seconds = measured["seconds of a report on ou"]["median"]
+    assert row_of("seconds of `python -m theory_checks ou`")[1] == f"{seconds:.0f}"
+    assert seconds < 60
+    assert not any(task["violated"] for task in measured["tasks"].values())

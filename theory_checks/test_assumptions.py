@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from mlsbi import BoxPrior, Level, LevelStack
-from theory_checks.assumptions import Assumption, check_assumptions, hill
+from theory_checks.assumptions import Assumption, check_assumptions
 from theory_checks.densities import AffineGaussian, SharedMixture
 from theory_checks.integrands import Loss
 from theory_checks.measuring import measure
+from theory_checks.samples import hill
 from theory_checks.stacks import random_network
 from theory_checks.testing import normal_prior_of
 
