@@ -82,9 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     estimator = options.estimator or kind or target.estimator
     networks = target.networks(estimator)
     densities = given or ["gaussian", networks["density"]]
-    n = None if options.n is None else _sizes(options.n)
-    if n is None and options.target == target.name and target.default_n:
-        n = target.default_n
+    n = target.default_n if options.n is None else _sizes(options.n)
     with tqdm(total=options.rows, unit="row", desc="rows", leave=False, disable=options.quiet or None) as bar:
         report = theory_report(
             target.stack, title=options.target, densities=densities, estimator=estimator, n=n, rows=options.rows,

@@ -13,7 +13,7 @@ from theory_checks.generators import Perturbed
 from theory_checks.integrands import Loss
 from theory_checks.measuring import measure
 from theory_checks.scaling import difference_slope, sample_size_slope
-from theory_checks.stacks import problems, stacks
+from theory_checks.stacks import gaussians, mixtures, problems, stacks
 from theory_checks.testing import known_constants, properties, two_levels
 
 ROWS = 1500
@@ -83,7 +83,9 @@ def test_variances_of_means_fall_as_one_over_n(problem, seed):
 @given(stack=stacks(levels=2, gap=(1.0, 1.0)), data=st.data())
 def test_variance_falls_as_the_squared_level_difference(stack, data):
     """A family of stacks whose cheap level comes closer: variance, norm and bounds all have slope 2 in the gap."""
-    density = data.draw(problems_density(stack))
+    x = stack.levels[0].simulate(torch.zeros(1, stack.prior.event_shape[0]), stack.draw_noise(1, torch.Generator()))
+    sizes = int(stack.prior.event_shape[0]), x.shape[1]
+    density = data.draw(st.one_of(gaussians(*sizes), mixtures(*sizes)))
     cheap = stack.levels[0].simulate
     variances, norms, bounds = [], [], []
     for gap in (1e-2, 1e-3, 1e-4):
@@ -97,14 +99,6 @@ def test_variance_falls_as_the_squared_level_difference(stack, data):
         for far, near in zip(values, values[1:], strict=False):
             # The smooth densities' next order is the gap times their curvature.
             assert far / near == pytest.approx(10**power, rel=0.1)
-
-
-def problems_density(stack):
-    from theory_checks.stacks import gaussians, mixtures
-
-    x = stack.levels[0].simulate(torch.zeros(1, stack.prior.event_shape[0]), stack.draw_noise(1, torch.Generator()))
-    sizes = int(stack.prior.event_shape[0]), x.shape[1]
-    return st.one_of(gaussians(*sizes), mixtures(*sizes))
 
 
 @properties(30)
