@@ -103,17 +103,16 @@ def _look(coordinates: Coordinates, level: int, points: Points, generator: torch
                           / (2 * step) for step in STEPS])
     try:
         slope = _slope(coordinates, level, points, mix, direction)
-        errors = relative_error(slopes - slope, slopes)
-        if float(errors.min()) <= AGREEMENT:
-            best = int(errors.argmin())
-            hidden = _hidden_change(coordinates, level, points, mix)
-            problem = None if hidden < _HIDDEN else (
-                f"level '{name}' is so steep in places that its derivatives at a few hundred rows tell of "
-                f"{1 / hidden:.0%} of its change between them: no sample of rows can estimate these bounds")
-            return Smoothness(name, "autodiff" if problem is None else "none", float(steps[best]), float(errors[best]),
-                              problem)
     except SimulatorProblem:
-        pass  # it runs, so that what failed is differentiating it
+        slope = torch.full((len(points),), math.nan, dtype=torch.float64)  # it runs: what fails is differentiating it
+    errors = relative_error(slopes - slope, slopes)
+    if float(errors.min()) <= AGREEMENT:
+        best = int(errors.argmin())
+        hidden = _hidden_change(coordinates, level, points, mix)
+        problem = None if hidden < _HIDDEN else (
+            f"level '{name}' is so steep in places that its derivatives at a few hundred rows tell of {1 / hidden:.0%} "
+            "of its change between them: no sample of rows can estimate these bounds")
+        return Smoothness(name, "none" if problem else "autodiff", float(steps[best]), float(errors[best]), problem)
     errors = relative_error(slopes[1:] - slopes[:-1], slopes[1:])
     errors = torch.maximum(errors[1:], errors[:-1])  # of three steps: two may agree by chance
     best = int(errors.argmin())

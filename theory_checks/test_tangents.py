@@ -345,3 +345,27 @@ def test_looking_again_with_the_same_seed_finds_the_same():
     run = per_sample(lambda theta, noise: math.sin(theta[0]) + noise[0])
     assert look(run) == look(run)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_fails_on_the_way_between_rows_is_named_and_not_taken_for_a_black_box():
+    def fragile(theta, noise):
+        if len(theta) > 256:  # which only the way between rows asks for
+            raise RuntimeError("too many rows")
+        return theta + noise
+
+    found = look(fragile)
+    assert found.method == "none"
+    assert "too many rows" in found.problem
+
+
+@pytest.mark.parametrize("run", [lambda theta, noise: torch.tanh(1e5 * noise) + 0.1 * theta,
+                                 lambda theta, noise: torch.sigmoid(1e5 * (theta - 0.3)) + 0.1 * noise])
+def test_changes_too_steep_for_any_sample_of_rows_are_named(run):
+    found = look(run)
+    assert found.method == "none"
+    assert "so steep in places" in found.problem
+
+
+def test_slopes_that_rows_see_are_not_too_steep():
+    for run in (lambda theta, noise: torch.tanh(30 * noise) + theta, lambda theta, noise: theta + noise**3):
+        assert look(run).problem is None
