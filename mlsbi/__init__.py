@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from mlsbi.store.exporting import export_store
     from mlsbi.store.shards import StoreError
     from mlsbi.store.store import Store, open_store
+    from mlsbi.strategies.auto import Auto
+    from mlsbi.strategies.emulation import Emulation
     from mlsbi.strategies.multilevel import Multilevel
     from mlsbi.strategies.single_level import SingleLevel
     from mlsbi.strategies.transfer import TransferLearning
+    from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
     from mlsbi.training.options import TrainingOptions
 
 __version__ = "0.1.0"
@@ -78,20 +81,23 @@ _HOMES = {
     "Store": "store.store",
     "StoreError": "store.shards",
     "open_store": "store.store",
+    "Auto": "strategies.auto",
+    "Emulation": "strategies.emulation",
     "Multilevel": "strategies.multilevel",
     "SingleLevel": "strategies.single_level",
     "TransferLearning": "strategies.transfer",
+    "TransferThenMultilevel": "strategies.transfer_then_multilevel",
     "TrainingOptions": "training.options",
 }
 _MODULES = ("diagnostics", "plots", "tasks")
 
 __all__ = [  # noqa: PLE0604
-    "MAF", "MDN", "NLE", "NPE", "NSF", "AdaptiveCampaign", "Allocation", "BoxPrior", "CNNEmbedding",
-    "DirectPosterior", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior",
+    "MAF", "MDN", "NLE", "NPE", "NSF", "AdaptiveCampaign", "Allocation", "Auto", "BoxPrior", "CNNEmbedding",
+    "DirectPosterior", "Emulation", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior",
     "MLPEmbedding", "Multilevel", "MultilevelData", "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel",
-    "Store", "StoreError", "TrainingOptions", "TransferLearning", "accept_code", "command", "diagnostics",
-    "error_curves", "export_store", "load", "merge_stores", "open_store", "optimal_allocation", "per_sample", "pilot",
-    "plots", "simulate", "simulate_adaptively", "tasks",
+    "Store", "StoreError", "TrainingOptions", "TransferLearning", "TransferThenMultilevel", "accept_code", "command",
+    "diagnostics", "error_curves", "export_store", "load", "merge_stores", "open_store", "optimal_allocation",
+    "per_sample", "pilot", "plots", "simulate", "simulate_adaptively", "tasks",
 ]
 
 

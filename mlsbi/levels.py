@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Distribution
 
-from mlsbi.priors import check_prior
+from mlsbi.priors import check_prior, parameter_names
 
 __all__ = ["Level", "LevelStack", "Noise", "campaign_cost", "map_noise", "sum_pair_costs"]
 
@@ -28,15 +28,21 @@ class Level:
         simulate: `simulate(theta, noise) -> x`, with theta `(n, D)`, noise of n rows, x `(n, ...)`. It is a pure
             function: the same inputs give the same output, and its inputs are not changed.
         cost: Cost of one run in any unit; `None` to have it measured, in seconds.
+        parameters: Names of the prior's parameters that this level has, in the order in which `simulate` reads them;
+            all of them when left out. The stack draws all parameters for every level, and those that a level lacks are
+            dummies there: its rows teach their prior.
 
     Raises:
-        TypeError: If `simulate` cannot be called.
-        ValueError: If the cost is not positive and finite.
+        TypeError: If `simulate` cannot be called, or `parameters` is one text.
+        ValueError: If the cost is not positive and finite, or parameters are missing or repeat.
     """
 
     name: str
     simulate: Callable[[Tensor, Any], Tensor]
     cost: float | None = None
+    parameters: Sequence[str] | None = None
+    columns: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    """Places of its parameters in theta, once the level is in a stack."""
 
     def __post_init__(self) -> None:
         if not callable(self.simulate):
@@ -44,6 +50,39 @@ class Level:
                             f"{type(self.simulate).__name__}.")
         if self.cost is not None and not (math.isfinite(self.cost) and self.cost > 0):
             raise ValueError(f"Expected a positive, finite cost for level '{self.name}'; got {self.cost}.")
+        if self.parameters is None:
+            return
+        if isinstance(self.parameters, str):
+            raise TypeError(f"Expected a list of parameter names for level '{self.name}'; got the text "
+                            f"{self.parameters!r}.")
+        object.__setattr__(self, "parameters", tuple(map(str, self.parameters)))
+        if not self.parameters or len(set(self.parameters)) != len(self.parameters):
+            raise ValueError(f"Expected different parameter names for level '{self.name}', at least one; got "
+                             f"{list(self.parameters)}.")
+
+    def own(self, theta: Tensor) -> Tensor:
+        """The parameters `(n, d)` that this level reads, out of all `(n, D)`."""
+        return theta if self.columns is None else theta[..., list(self.columns)]
+
+    def run(self, theta: Tensor, noise: Any) -> Tensor:
+        """Runs the simulator with its own parameters, out of all `(n, D)`."""
+        return self.simulate(self.own(theta), noise)
+
+    def placed(self, names: Sequence[str]) -> Level:
+        """This level in a stack whose prior has these parameters.
+
+        Raises:
+            ValueError: If the prior lacks one of the level's parameters.
+        """
+        if self.parameters is None:
+            return self
+        unknown = [name for name in self.parameters if name not in names]
+        if unknown:
+            raise ValueError(f"Level '{self.name}' has the parameters {unknown}, which the prior lacks; it has "
+                             f"{list(names)}. Name a BoxPrior's parameters by names=[...].")
+        placed = replace(self)
+        object.__setattr__(placed, "columns", tuple(list(names).index(name) for name in self.parameters))
+        return placed
 
 
 @dataclass(frozen=True)
@@ -91,6 +130,7 @@ class LevelStack:
         if len(set(self.names)) != len(self.levels):
             raise ValueError(f"Expected levels with different names; got {list(self.names)}.")
         check_prior(self.prior)
+        self._place_parameters()
         if not callable(self.noise) and self.noise != "seed":
             raise TypeError(f'Expected noise(n, generator) or "seed"; got {self.noise!r}.')
         declared = [level.cost for level in self.levels if level.cost is not None]
@@ -108,6 +148,16 @@ class LevelStack:
             if len(self.pair_costs) != len(self.levels) or not all(c > 0 and math.isfinite(c) for c in self.pair_costs):
                 raise ValueError(f"Expected {len(self.levels)} positive pair costs, one per level; got "
                                  f"{list(self.pair_costs)}.")
+
+    def _place_parameters(self) -> None:
+        """Tells levels where their parameters are in theta."""
+        known = parameter_names(self.prior)
+        object.__setattr__(self, "levels", tuple(level.placed(known) for level in self.levels))
+        read = {name for level in self.levels for name in level.parameters or known}
+        unread = [name for name in known if name not in read]
+        if unread:
+            raise ValueError(f"No level has the parameters {unread} of the prior. Take them out of the prior, or name "
+                             "them in the parameters= of a level.")
 
     @property
     def names(self) -> tuple[str, ...]:

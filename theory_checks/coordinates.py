@@ -136,7 +136,7 @@ class Coordinates:
         noise = map_noise(lambda leaf: leaf.to(self.precision, copy=True) if leaf.is_floating_point() else leaf.clone(),
                           points.noise)
         try:
-            x = own.simulate(theta, noise)
+            x = own.run(theta, noise)
             if x.is_complex():
                 raise TypeError("expected real outputs; got complex ones")
             x = x.double()

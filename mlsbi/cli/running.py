@@ -377,7 +377,7 @@ def _read_observation(target: Target, request: RunRequest, kind: str) -> Tensor 
     x = torch.as_tensor(np.asarray(array, dtype=np.float64))
     if target.stack is not None:  # one run of the cheapest level, for its shape alone
         row = RowSource(target.stack, seed=request.seed, stream=TEST_STREAM).rows(0, 1)
-        shape = torch.as_tensor(target.stack.levels[0].simulate(*row)).shape[1:]
+        shape = torch.as_tensor(target.stack.levels[0].run(*row)).shape[1:]
     else:
         shape = target.test(1, request.seed, RunOptions())[1].shape[1:]
     if x.ndim == 0 and shape.numel() == 1:

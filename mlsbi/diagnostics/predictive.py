@@ -66,7 +66,7 @@ def posterior_predictive(stack: LevelStack, theta: ArrayLike | Tensor, *, level:
     for start in range(0, len(draws), BLOCK):  # bounds the memory that noise takes
         rows = draws[start : start + BLOCK].clone()
         _, noise = source.rows(start, start + len(rows))
-        output = torch.as_tensor(chosen.simulate(rows, noise)).detach().cpu()
+        output = torch.as_tensor(chosen.run(rows, noise)).detach().cpu()
         if output.ndim < 2 or len(output) != len(rows):
             raise ValueError(f"Expected level '{chosen.name}' to return x of shape ({len(rows)}, ...), a row per row "
                              f"of theta; got {tuple(output.shape)}.")

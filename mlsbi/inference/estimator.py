@@ -22,6 +22,7 @@ from mlsbi.density.embeddings import (
     resolve_embedding,
     shared_axes,
 )
+from mlsbi.density.mixture import DensityMixture, Network
 from mlsbi.density.registry import DensityBuilder, builder_from_config, builder_to_config, resolve_builder
 from mlsbi.density.standardise import Standardiser, Transform, check_transform
 from mlsbi.inference.saving import prior_from_config, prior_to_config, read_option, write_model
@@ -85,7 +86,7 @@ class Estimator(ABC):
         self.seed = check_seed(seed)
         self._strategy_config: dict[str, Any] = {}
         self.x_shape: tuple[int, ...] = ()
-        self.networks: tuple[ConditionalDensity, ...] = ()
+        self.networks: tuple[Network, ...] = ()
         self.histories: tuple[History, ...] = ()
 
     @abstractmethod
@@ -103,7 +104,7 @@ class Estimator(ABC):
     def fit(
         self,
         data: MultilevelData,
-        ensemble: int = 1,
+        ensemble: int | None = None,
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
@@ -113,7 +114,8 @@ class Estimator(ABC):
         Args:
             data: Simulations of all levels.
             ensemble: Networks to train; their equal mixture is used. They differ in initialisation and in the rows
-                held out, which pays most when the pairs are few.
+                held out, which pays most when the pairs are few. The strategy's usual number when left out: 5 for
+                `"auto"`, else 1.
             checkpoint: A folder in which the state of the training is kept, every half minute and at the end. Called
                 again with the same data, options and seed, training goes on from there with the same result; the
                 folder may be deleted once the estimator is saved.
@@ -127,9 +129,9 @@ class Estimator(ABC):
                 another training.
             TrainingError: If training gives no network that could be used, or a step does not fit into memory.
         """
-        problem, strategy = self._prepare(data, ensemble)
+        problem, strategy, members = self._prepare(data, ensemble)
         networks, histories = fit_ensemble(
-            problem, self.builder, strategy, members=ensemble, embedding=self.embedding,
+            problem, self.builder, strategy, members=members, embedding=self.embedding,
             options=self.training, device=self.device, seed=self.seed, progress=progress,
             checkpoint=None if checkpoint is None else Checkpoint(Path(checkpoint) / "training"),
         )
@@ -137,7 +139,12 @@ class Estimator(ABC):
 
     @classmethod
     def fit_replicates(
-        cls, estimators: Sequence[Self], data: Sequence[MultilevelData], ensemble: int = 1, *, progress: bool = True
+        cls,
+        estimators: Sequence[Self],
+        data: Sequence[MultilevelData],
+        ensemble: int | None = None,
+        *,
+        progress: bool = True,
     ) -> None:
         r"""Trains estimators that differ in seed alone, each on its own data, in one go where that is faster.
 
@@ -146,7 +153,7 @@ class Estimator(ABC):
         Args:
             estimators: Of one kind, with equal strategy, density, embedding, options and device.
             data: One data set for each.
-            ensemble: Networks of each.
+            ensemble: Networks of each; see `fit`.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -162,28 +169,29 @@ class Estimator(ABC):
                                  "equal.")
         prepared = [estimator._prepare(own, ensemble) for estimator, own in zip(estimators, data, strict=True)]
         trained = fit_replicates(
-            [problem for problem, _ in prepared], first.builder, prepared[0][1], members=ensemble,
+            [problem for problem, _, _ in prepared], first.builder, prepared[0][1], members=prepared[0][2],
             seeds=[estimator.seed for estimator in estimators], embedding=first.embedding, options=first.training,
             device=first.device, progress=progress,
         )
         for estimator, own, (networks, histories) in zip(estimators, data, trained, strict=True):
             estimator._accept(own, networks, histories)
 
-    def _prepare(self, data: MultilevelData, ensemble: int) -> tuple[Problem, Strategy]:
-        """The rows to train on, once everything is checked."""
+    def _prepare(self, data: MultilevelData, ensemble: int | None) -> tuple[Problem, Strategy, int]:
+        """The rows to train on, how, and how many networks, once everything is checked."""
         if not isinstance(data, MultilevelData):
             raise TypeError(f"Expected MultilevelData, as simulate() gives; got {type(data).__name__}. Wrap arrays by "
                             "MultilevelData.from_arrays([(theta, x), (theta, fine, coarse)]).")
-        if ensemble < 1:
+        if ensemble is not None and ensemble < 1:
             raise ValueError(f"Expected ensemble >= 1; got {ensemble}.")
         if self.strategy is None:
             raise RuntimeError("This estimator was loaded with a strategy of your own, which is not saved: set "
                                ".strategy before training again.")
         data.check()
-        return self._problem(data), self.strategy
+        members = getattr(self.strategy, "members", 1) if ensemble is None else ensemble
+        return self._problem(data), self.strategy, members
 
     def _accept(
-        self, data: MultilevelData, networks: Sequence[ConditionalDensity], histories: Sequence[History]
+        self, data: MultilevelData, networks: Sequence[Network], histories: Sequence[History]
     ) -> Self:
         """Takes in what was trained on data."""
         if self.strategy is not None:
@@ -222,6 +230,7 @@ class Estimator(ABC):
             "input_shape": list(self.networks[0].input_scaler.mean.shape),
             "condition_shape": list(self.networks[0].condition_scaler.mean.shape),
             "members": len(self.networks),
+            "parts": len(self.networks[0].parts) if isinstance(self.networks[0], DensityMixture) else None,
             "histories": [asdict(history) for history in self.histories],
         }
         tensors = {f"{index}.{name}": tensor for index, network in enumerate(self.networks)
@@ -269,7 +278,7 @@ class Estimator(ABC):
         )
         return loaded
 
-    def _rebuild(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ConditionalDensity:
+    def _rebuild(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Network:
         """One network with saved tensors."""
         condition_shape = tuple(config["condition_shape"])
         shared = shared_axes(self.embedding, condition_shape)
@@ -281,9 +290,13 @@ class Estimator(ABC):
         )
         with seeded(0):  # values are overwritten next; only the global state matters
             built = None if self.embedding is None else self.embedding(condition_shape)
-            network = ConditionalDensity(self.builder, input_scaler, condition_scaler, built)
-        network.embedding.to(self.training.dtype)
-        network.density.to(self.training.dtype)
+            part = ConditionalDensity(self.builder, input_scaler, condition_scaler, built)
+        part.embedding.to(self.training.dtype)
+        part.density.to(self.training.dtype)
+        network: Network = part
+        if config.get("parts") is not None:
+            network = DensityMixture(part)
+            network.grow(config["parts"])
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -300,5 +313,5 @@ class Estimator(ABC):
 
 
 def _read_history(saved: Mapping[str, Any]) -> History:
-    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes") if name in saved))
+    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes", "mixture") if name in saved))
     return History(**{**saved, **{name: tuple(saved[name]) for name in tuples}})

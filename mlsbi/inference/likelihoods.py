@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.density.mixture import Network
 from mlsbi.inference.observations import describe, read_observations
 from mlsbi.priors import Unbounded, check_theta
 from mlsbi.randomness import child_seed, seeded
@@ -30,7 +30,7 @@ class NeuralLikelihood:
     """
 
     def __init__(
-        self, networks: Sequence[ConditionalDensity], prior: Distribution, x_shape: tuple[int, ...]
+        self, networks: Sequence[Network], prior: Distribution, x_shape: tuple[int, ...]
     ) -> None:
         self.networks = tuple(networks)
         self.prior = prior

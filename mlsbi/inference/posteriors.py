@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.density.mixture import Network
 from mlsbi.inference.ascent import climb
 from mlsbi.inference.observations import read_length, read_observation, read_observations, read_theta
 from mlsbi.priors import Unbounded, in_support, parameter_names
@@ -37,7 +37,7 @@ class DirectPosterior:
         ValueError: If the observation does not have the shape of the training outputs, or is not finite.
     """
 
-    def __init__(self, networks: Sequence[ConditionalDensity], prior: Distribution, x: Any = None) -> None:
+    def __init__(self, networks: Sequence[Network], prior: Distribution, x: Any = None) -> None:
         self.networks = tuple(networks)
         self.prior = prior
         self._unbounded = Unbounded(prior)

@@ -117,7 +117,7 @@ def _run_together(
     failed: BaseException | None = None
     start = time.perf_counter()
     try:
-        output = level.simulate(theta, noise)
+        output = level.run(theta, noise)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a simulator raises is its row's failure
         failed = error
     outcome.seconds[rows, place] = (time.perf_counter() - start) / len(rows)
@@ -154,7 +154,8 @@ def _run_each(
     for row in rows.tolist():
         start, failed = time.perf_counter(), None
         try:
-            array = np.asarray(level.simulate.run_row(theta[row].numpy().copy(), noise_of_row(noise, row)))  # type: ignore[attr-defined]
+            own = level.own(theta[row]).numpy().copy()
+            array = np.asarray(level.simulate.run_row(own, noise_of_row(noise, row)))  # type: ignore[attr-defined]
         except (Exception, SystemExit) as error:  # noqa: BLE001
             failed = error
         outcome.seconds[row, place] = time.perf_counter() - start

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Distribution
 
-from mlsbi.levels import LevelStack
+from mlsbi.levels import Level, LevelStack
 from mlsbi.priors import parameter_names, sample_prior
 from mlsbi.randomness import seeded
 from mlsbi.simulation.sources import describe_code, strip_addresses
@@ -52,7 +52,7 @@ def describe_stack(stack: LevelStack) -> dict[str, Any]:
         "format": _FORMAT,
         "prior": _describe_prior(stack.prior),
         "noise": _describe_noise(stack),
-        "levels": [{"name": str(level.name), "code": describe_code(level.simulate)} for level in stack.levels],
+        "levels": [{"name": str(level.name), "code": _describe_level(level)} for level in stack.levels],
     }
 
 
@@ -87,6 +87,11 @@ def compare_stacks(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         if name in after and code != after[name]
     ]
     return [text for text in differences if text is not None]
+
+
+def _describe_level(level: Level) -> str:
+    code = describe_code(level.simulate)
+    return code if level.parameters is None else f"parameters: {', '.join(level.parameters)}\n{code}"
 
 
 def _describe_prior(prior: Distribution) -> dict[str, Any]:

@@ -3,22 +3,24 @@ r"""From coupled simulations to trained networks."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from mlsbi.data import MultilevelData
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.embeddings import EmbeddingBuilder, shared_axes
+from mlsbi.density.mixture import DensityMixture, Network
 from mlsbi.density.registry import DensityBuilder
 from mlsbi.density.standardise import Standardiser, Transform
-from mlsbi.priors import Unbounded, check_theta
+from mlsbi.priors import Unbounded, check_theta, sample_prior
 from mlsbi.randomness import child_seed, seeded
-from mlsbi.strategies.registry import Strategy
+from mlsbi.strategies.protocol import Strategy
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History, TrainingError
 from mlsbi.training.members import Member, Schedule, at_once
@@ -40,11 +42,13 @@ class Problem:
         terms: Rows of each level's term.
         input_scaler: Standardiser of what the density is of.
         condition_scaler: Standardiser of what it is conditioned on.
+        draw: `draw(n, seed)` gives inputs from the prior in their own units; `None` where the density is not of theta.
     """
 
     terms: tuple[Term, ...]
     input_scaler: Standardiser
     condition_scaler: Standardiser
+    draw: Callable[[int, int], Tensor] | None = None
 
     def standardise(self, term: Term) -> Term:
         """A term's rows as networks read them."""
@@ -70,6 +74,11 @@ class Problem:
         network.embedding.to(dtype)
         network.density.to(dtype)
         return network
+
+    def standard_draw(self, n: int, seed: int) -> Tensor:
+        """Standardised inputs `(n, dim)` from the prior."""
+        assert self.draw is not None
+        return self.input_scaler(self.draw(n, seed))
 
 
 def posterior_problem(
@@ -99,7 +108,8 @@ def posterior_problem(
     scaler = Standardiser.fit([level.fine for level in data.levels], transform=x_transform, shared=shared,
                               dtype=dtype)
     terms = tuple(Term(z, level.fine, level.coarse) for z, level in zip(inputs, data.levels, strict=True))
-    return Problem(terms, Standardiser.fit(inputs, dtype=dtype), scaler)
+    return Problem(terms, Standardiser.fit(inputs, dtype=dtype), scaler,
+                   draw=lambda n, seed: unbounded.to(sample_prior(prior, n, seed=seed)))
 
 
 def likelihood_problem(
@@ -151,7 +161,7 @@ def fit_ensemble(
     seed: int,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
-) -> tuple[list[ConditionalDensity], list[History]]:
+) -> tuple[list[Network], list[History]]:
     r"""Trains networks that differ in initialisation and in the rows held out.
 
     Args:
@@ -169,11 +179,12 @@ def fit_ensemble(
     """
     fitting = _Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options,
                        torch.device(device), seed)
-    pooled = _cross_fits(fitting.rows, options)
-    if pooled and members == 1:
+    pooled = fitting.mixes or _cross_fits(fitting.rows, options)
+    if pooled and members == 1 and not fitting.mixes:
         return _cross_fit(fitting, checkpoint, progress=progress)
     most = members if pooled else at_once(fitting.rows, members, options, fitting.device)
-    networks, histories = [], []
+    networks: list[Network] = []
+    histories: list[History] = []
     for group in _groups(range(members), most):
         part = None if checkpoint is None else checkpoint.part("-".join(map(str, (group[0], group[-1]))))
         trained = [fitting.member(member, members) for member in group]
@@ -209,7 +220,7 @@ def fit_replicates(
     options: TrainingOptions,
     device: str | torch.device = "cpu",
     progress: bool = True,
-) -> list[tuple[list[ConditionalDensity], list[History]]]:
+) -> list[tuple[list[Network], list[History]]]:
     r"""Trains one ensemble per problem, all of them in one go where that is faster and they have equally many rows.
 
     Each is what `fit_ensemble` gives with its problem and seed, up to rounding.
@@ -229,14 +240,16 @@ def fit_replicates(
     fittings = [_Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options, place, seed)
                 for problem, seed in zip(problems, seeds, strict=True)]
     rows = fittings[0].rows
+    apart = fittings[0].mixes or _cross_fits(rows, options)
     alike = all([len(term) for term in fitting.rows] == [len(term) for term in rows] for fitting in fittings)
     total = members * len(problems)
     most = at_once(rows, total, options, place)
-    if not alike or most == 1 or _cross_fits(rows, options):
+    if not alike or most == 1 or apart:
         return [fit_ensemble(problem, builder, strategy, members=members, embedding=embedding, options=options,
                              device=device, seed=seed, progress=progress)
                 for problem, seed in zip(problems, seeds, strict=True)]
-    networks, histories = [], []
+    networks: list[Network] = []
+    histories: list[History] = []
     for group in _groups(range(total), most):
         trained = [fittings[index // members].member(index % members, members) for index in group]
         histories += strategy.fit(trained, options=options, progress=progress, label=_label(group, total))
@@ -257,13 +270,18 @@ class _Fitting:
     device: torch.device
     seed: int
 
-    def network(self, member: int, key: int = 0) -> ConditionalDensity:
+    @property
+    def mixes(self) -> bool:
+        """Whether each network is to become a mixture."""
+        return bool(getattr(self.strategy, "mixes", False))
+
+    def network(self, member: int, key: int = 0) -> Network:
         """A fresh network, initialised for one member."""
         network = self.problem.network(self.builder, self.embedding, seed=child_seed(self.seed, key, member),
                                        dtype=self.options.dtype)
         if member and not key and self.embedding is not None:
             _reset(network.embedding, seed=child_seed(self.seed, 3, member))
-        return network.to(self.device)
+        return (DensityMixture(network) if self.mixes else network).to(self.device)
 
     def member(self, member: int, members: int, *, key: int = 0) -> Member:
         """One member with its split; `key` tells ensembles of different purpose apart."""
@@ -272,11 +290,14 @@ class _Fitting:
         if self.options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(self.seed, 1))  # one permutation for all members
             kept, held = split_terms(self.rows, self.options.validation_fraction, generator, member=member,
-                                     members=members, cover=key == _FOLD_KEY)
+                                     members=members, cover=key == _FOLD_KEY or self.mixes)
         # Standardised one by one, so that large data is not there twice over.
         train = [self.problem.standardise(kept.pop(0)) for _ in range(len(kept))]
         validation = [self.problem.standardise(held.pop(0)) for _ in range(len(held))]
-        return Member(self.network(member, key), train, validation, child_seed(self.seed, key + 2, member))
+        # A strategy that mixes knows that its networks are mixtures; to all others they are single densities.
+        network = cast(ConditionalDensity, self.network(member, key))
+        return Member(network, train, validation, child_seed(self.seed, key + 2, member),
+                      draw=None if self.problem.draw is None else self.problem.standard_draw)
 
 
 def _cross_fits(rows: Sequence[Term], options: TrainingOptions) -> bool:
@@ -288,7 +309,7 @@ def _cross_fits(rows: Sequence[Term], options: TrainingOptions) -> bool:
 
 def _cross_fit(
     fitting: _Fitting, checkpoint: Checkpoint | None, *, progress: bool
-) -> tuple[list[ConditionalDensity], list[History]]:
+) -> tuple[list[Network], list[History]]:
     """One network trained on all rows, for as long as was best for several that held out different parts of them."""
     options, strategy = fitting.options, fitting.strategy
     folds = min(max(round(1 / options.validation_fraction), 2), min(len(term) for term in fitting.rows), _MOST_FOLDS)
@@ -296,8 +317,9 @@ def _cross_fit(
     choosing = [fitting.member(fold, folds, key=_FOLD_KEY) for fold in range(folds)]
     found = strategy.fit(choosing, options=options, pooled=True, checkpoint=parts[0], progress=progress,
                          label=f"choosing the epoch, {folds} folds")
-    whole = Member(fitting.network(0), [fitting.problem.standardise(term) for term in fitting.rows], [],
-                   child_seed(fitting.seed, 2, 0))
+    whole = replace(choosing[0], network=cast(ConditionalDensity, fitting.network(0)), validation=[],
+                    train=[fitting.problem.standardise(term) for term in fitting.rows],
+                    seed=child_seed(fitting.seed, 2, 0))
     schedules = _schedules(found)
     history, = strategy.fit([whole], options=options, schedules=schedules, checkpoint=parts[1],
                             progress=progress)

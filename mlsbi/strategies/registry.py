@@ -2,57 +2,31 @@ r"""Names of strategies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
 
+from mlsbi.density.registry import builder_from_config, builder_to_config
+from mlsbi.strategies.auto import Auto
+from mlsbi.strategies.emulation import Emulation
 from mlsbi.strategies.multilevel import Multilevel
+from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
-from mlsbi.training.checkpoints import Checkpoint
-from mlsbi.training.history import History
-from mlsbi.training.members import Member, Schedule
-from mlsbi.training.objective import Term
-from mlsbi.training.options import TrainingOptions
+from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
 
 __all__ = ["Strategy", "resolve_strategy", "strategy_names", "strategy_from_config", "strategy_to_config"]
-
-
-class Strategy(Protocol):
-    """A way to train networks on coupled rows: a frozen dataclass with three methods."""
-
-    def terms(self, terms: Sequence[Term]) -> list[Term]:
-        """The rows to train on, out of those of all levels; they are split before `fit`."""
-        ...
-
-    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
-        """Runs of each level whose outputs `fit` reads, of data with n rows per level: what its quality cost."""
-        ...
-
-    def fit(
-        self,
-        members: Sequence[Member],
-        *,
-        options: TrainingOptions,
-        pooled: bool = False,
-        schedules: Sequence[Schedule] = (),
-        checkpoint: Checkpoint | None = None,
-        progress: bool = True,
-        label: str = "training",
-    ) -> list[History]:
-        """Trains the networks in place and leaves them with their best weights, in eval mode.
-
-        `schedules` has one per stage, for training without held-out rows; the rest is as in `minimise`.
-        """
-        ...
-
 
 _STRATEGIES: dict[str, Strategy] = {
     "multilevel": Multilevel(),
     "transfer": TransferLearning(),
     "high": SingleLevel(-1),
     "low": SingleLevel(0),
+    "transfer_then_multilevel": TransferThenMultilevel(),
+    "emulation": Emulation(),
+    "auto": Auto(),
 }
+_KINDS = {type(strategy).__name__: type(strategy) for strategy in _STRATEGIES.values()}
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -78,13 +52,47 @@ def resolve_strategy(strategy: str | Strategy) -> Strategy:
 
 
 def strategy_to_config(strategy: Strategy) -> dict[str, Any]:
-    """JSON description of a strategy."""
-    options: dict[str, Any] = asdict(strategy) if is_dataclass(strategy) and not isinstance(strategy, type) else {}
+    """JSON description of a strategy, of the strategies and densities that it is made of too."""
+    options: dict[str, Any] = {}
+    if is_dataclass(strategy) and not isinstance(strategy, type):
+        options = {field.name: _encode(getattr(strategy, field.name)) for field in fields(strategy)}
     return {"name": type(strategy).__name__, "options": options}
 
 
 def strategy_from_config(config: Mapping[str, Any]) -> Strategy | None:
-    """Inverse of `strategy_to_config` for the strategies above; `None` for a user's own."""
-    kinds = {type(strategy).__name__: type(strategy) for strategy in _STRATEGIES.values()}
-    kind = kinds.get(config["name"])
-    return None if kind is None else kind(**config["options"])
+    """Inverse of `strategy_to_config` for the strategies above; `None` for a user's own, or one made of them."""
+    kind = _KINDS.get(config["name"])
+    if kind is None:
+        return None
+    try:
+        return kind(**{name: _decode(value) for name, value in config["options"].items()})
+    except _NotOurs:
+        return None
+
+
+class _NotOurs(Exception):
+    """A part of a strategy that only its user can make again."""
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_encode(part) for part in value]
+    if callable(getattr(value, "fit", None)):
+        return {"strategy": strategy_to_config(value)}
+    if callable(value):
+        return {"density": builder_to_config(value)}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_decode(part) for part in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "strategy" in value:
+        made: Any = strategy_from_config(value["strategy"])
+    else:
+        made = None if value["density"] is None else builder_from_config(value["density"])
+    if made is None:
+        raise _NotOurs
+    return made

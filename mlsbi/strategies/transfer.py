@@ -15,7 +15,7 @@ from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, join_histories
 from mlsbi.training.loop import minimise
 from mlsbi.training.members import Member, Schedule, align_members
-from mlsbi.training.objective import Term, pool_level
+from mlsbi.training.objective import Term, pool_levels
 from mlsbi.training.options import TrainingOptions
 
 __all__ = ["TransferLearning"]
@@ -36,6 +36,8 @@ class TransferLearning:
         fine_tune: Whether to train on the finest level at all; without, the network of the level below is used as is.
         align: Whether outputs of cheap levels are mapped towards the finest by an affine map per output, fitted on
             the pairs trained on, before the first stage.
+        joint: Whether one first stage trains on the outputs of all levels together, instead of one stage a level; the
+            finest level's stage follows.
 
     Raises:
         ValueError: If a learning rate or a patience is not positive.
@@ -52,6 +54,7 @@ class TransferLearning:
     freeze_embedding: bool = False
     fine_tune: bool = True
     align: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "patience"):
@@ -72,7 +75,7 @@ class TransferLearning:
         """
         if len(terms) < 2:
             raise ValueError("Expected data of at least 2 levels to transfer between; got 1. Use SingleLevel.")
-        stages = len(terms) if self.fine_tune else len(terms) - 1
+        stages = len(self._stages(len(terms)))
         for name in ("learning_rate", "patience"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != stages:
@@ -82,7 +85,7 @@ class TransferLearning:
     def runs(self, n: Sequence[int]) -> tuple[int, ...]:
         """Runs of each level whose outputs are trained on, of data with n rows per level."""
         pooled = count_runs(n)
-        return pooled if self.fine_tune or self.align else (*pooled[:-1], 0)
+        return pooled if self.fine_tune or self.align or self.joint else (*pooled[:-1], 0)
 
     def fit(
         self,
@@ -107,12 +110,11 @@ class TransferLearning:
                              "embedding=, or leave freeze_embedding out.")
         if self.align:
             members = align_members(members)
-        levels = len(members[0].train)
         stages = []
-        for stage in range(levels if self.fine_tune else levels - 1):
+        for stage, levels in enumerate(self._stages(len(members[0].train))):
             rows = [
-                replace(member, train=[pool_level(member.train, stage)], seed=child_seed(member.seed, stage),
-                        validation=[pool_level(member.validation, stage)] if member.validation else [])
+                replace(member, train=[pool_levels(member.train, levels)], seed=child_seed(member.seed, stage),
+                        validation=[pool_levels(member.validation, levels)] if member.validation else [])
                 for member in members
             ]
             with _kept(frozen if stage else []):
@@ -120,9 +122,17 @@ class TransferLearning:
                     rows, objective=Objective(), options=self._options(options, stage), pooled=pooled,
                     schedule=schedules[stage] if schedules else None,
                     checkpoint=None if checkpoint is None else checkpoint.part(str(stage)),
-                    progress=progress, label=f"{label}, level {stage}",
+                    progress=progress,
+                    label=f"{label}, level {levels[0]}" if len(levels) == 1 else f"{label}, all levels",
                 ))
         return [join_histories(own) for own in zip(*stages, strict=True)]
+
+    def _stages(self, levels: int) -> list[tuple[int, ...]]:
+        """The levels that each stage trains on."""
+        first: list[tuple[int, ...]] = [(level,) for level in range(levels - 1)]
+        if self.joint:
+            first = [tuple(range(levels))]
+        return [*first, (levels - 1,)] if self.fine_tune else first
 
     def _options(self, options: TrainingOptions, stage: int) -> TrainingOptions:
         rate = self.learning_rate[stage] if isinstance(self.learning_rate, tuple) else self.learning_rate

@@ -56,7 +56,8 @@ def build(parameters: Literal[3, 4] = 3) -> Task:
     stack = LevelStack(
         prior=prior,
         noise=noise,
-        levels=[Level("stationary", stationary, cost=1.0), Level("euler", euler, cost=100.0)],
+        levels=[Level("stationary", stationary, cost=1.0, parameters=["gamma", "mu", "sigma"]),
+                Level("euler", euler, cost=100.0)],
     )
     posterior = OUPosterior(prior)
     return Task.from_stack(
@@ -80,8 +81,8 @@ def noise(n: int, generator: Generator) -> Tensor:
 
 
 def stationary(theta: Tensor, noise: Tensor) -> Tensor:
-    """Independent draws from the stationary law at the observed points, shape `(n, 5)`; a fourth theta is ignored."""
-    gamma, mu, sigma = theta[:, 0:1], theta[:, 1:2], theta[:, 2:3]
+    """Independent draws from the stationary law of gamma, mu and sigma at the observed points, shape `(n, 5)`."""
+    gamma, mu, sigma = theta.split(1, 1)
     return mu + sigma / torch.sqrt(2 * gamma) * noise[:, POINTS]
 
 

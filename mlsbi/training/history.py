@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,8 @@ class History:
         n_validation: Rows held out, per term.
         stages: Best epoch of each stage, counted from the stage's first.
         notes: What was done otherwise than asked or needs saying, and what compiling brought.
+        mixture: Where several strategies were mixed, one record each: its name, weight, held-out score and standard
+            error, last stage, and seconds.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class History:
     n_validation: tuple[int, ...] = ()
     stages: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    mixture: tuple[dict[str, Any], ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per epoch."""
@@ -51,20 +54,24 @@ class History:
         return pd.DataFrame(self.epochs)
 
 
-def join_histories(stages: Sequence[History]) -> History:
-    """The history of trainings in a row, each of one term, with the number of its stage in every record.
+def join_histories(parts: Sequence[History]) -> History:
+    """The history of trainings in a row, with the number of its stage in every record.
 
-    The kept epoch and its loss are the last stage's.
+    A part may itself be in stages. The kept epoch and its loss are the last part's.
     """
-    before = sum(len(stage.epochs) for stage in stages[:-1])
+    epochs: list[dict[str, float]] = []
+    stages: list[int] = []
+    for part in parts:
+        epochs += [{**record, "stage": record.get("stage", 0.0) + len(stages)} for record in part.epochs]
+        stages += part.stages
     return History(
-        epochs=[{**record, "stage": float(index)} for index, stage in enumerate(stages) for record in stage.epochs],
-        best_epoch=before + stages[-1].best_epoch,
-        best_loss=stages[-1].best_loss,
-        stopped="; then ".join(stage.stopped for stage in stages),
-        seconds=sum(stage.seconds for stage in stages),
-        n_train=tuple(n for stage in stages for n in stage.n_train),
-        n_validation=tuple(n for stage in stages for n in stage.n_validation),
-        stages=tuple(stage.best_epoch for stage in stages),
-        notes=tuple(dict.fromkeys(note for stage in stages for note in stage.notes)),
+        epochs=epochs,
+        best_epoch=len(epochs) - len(parts[-1].epochs) + parts[-1].best_epoch,
+        best_loss=parts[-1].best_loss,
+        stopped="; then ".join(part.stopped for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        n_train=tuple(n for part in parts for n in part.n_train),
+        n_validation=tuple(n for part in parts for n in part.n_validation),
+        stages=tuple(stages),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )

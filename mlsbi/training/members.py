@@ -3,10 +3,11 @@ r"""Networks to be trained, each with its own rows, and how many of them in one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.training.alignment import align_terms
@@ -31,12 +32,15 @@ class Member:
         train: Standardised rows of each term.
         validation: Held-out rows of each term; empty to train for all epochs and keep the last weights.
         seed: Seed of batches and dropout.
+        draw: `draw(n, seed)` gives inputs `(n, dim)` from the prior, standardised, on the CPU; `None` where the density
+            is not of theta.
     """
 
     network: ConditionalDensity
     train: Sequence[Term]
     validation: Sequence[Term]
     seed: int
+    draw: Callable[[int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Term", "batch_terms", "pool_level", "split_terms", "telescope"]
+__all__ = ["Batch", "Term", "batch_terms", "pool_level", "pool_levels", "split_terms", "telescope"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,13 @@ def pool_level(terms: Sequence[Term], level: int) -> Term:
         inputs.append(above.input if above.coarse_input is None else above.coarse_input)
         conditions.append(above.coarse)
     return Term(torch.cat(inputs), torch.cat(conditions), of_outputs=own.of_outputs)
+
+
+def pool_levels(terms: Sequence[Term], levels: Sequence[int]) -> Term:
+    """Every output of several levels as one plain term."""
+    pooled = [pool_level(terms, level) for level in levels]
+    return Term(torch.cat([term.input for term in pooled]), torch.cat([term.fine for term in pooled]),
+                of_outputs=pooled[0].of_outputs)
 
 
 def batch_terms(terms: Sequence[Term]) -> Batch:

@@ -1,0 +1,167 @@
+r"""Learning the likelihood first, and the posterior from draws of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlsbi.data import count_runs
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.density.flows import MAF
+from mlsbi.density.registry import DensityBuilder
+from mlsbi.density.standardise import Standardiser
+from mlsbi.randomness import child_seed, seeded
+from mlsbi.strategies.transfer import TransferLearning
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.descent import Objective
+from mlsbi.training.history import History, TrainingError, join_histories
+from mlsbi.training.loop import minimise
+from mlsbi.training.members import Member, Schedule
+from mlsbi.training.objective import Term, pool_level
+from mlsbi.training.options import TrainingOptions
+
+__all__ = ["MOST_OUTPUTS", "Emulation"]
+
+MOST_OUTPUTS = 64
+"""Numbers in an output up to which its density can be learned from few runs."""
+
+_KEYS = 100, 101, 102, 103  # of the seeds of the emulator, its training, its draws, and the training on them
+_BEYOND = 1.0  # ranges of the simulated outputs by which a draw may lie outside them
+
+
+@dataclass(frozen=True)
+class Emulation:
+    r"""Posterior estimation by an emulator: q(x | theta) by transfer learning, then q(theta | x) from its draws.
+
+    A likelihood is often simpler than a posterior: it does not depend on the prior, has a regular shape, and what a
+    cheap level teaches of it carries over. It is learned from the few runs there are; the posterior then has as many
+    rows as it wants, at new parameters from the prior. What the emulator gets wrong, the posterior gets wrong too: it
+    stops training by real runs of the finest level, where some are held out.
+
+    Args:
+        transfer: How the emulator is trained.
+        density: Density name or builder of the emulator.
+        rows: Draws of the emulator that the posterior is trained on.
+        batch_size: Draws in a step.
+        learning_rate: Step size of the posterior's training.
+        patience: Its patience.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    transfer: TransferLearning = TransferLearning()
+    density: DensityBuilder = MAF(transforms=2)
+    rows: int = 8192
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    patience: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.batch_size, self.patience) < 1 or not self.learning_rate > 0:
+            raise ValueError(f"Expected positive rows, batch_size, patience and learning_rate; got {self}.")
+
+    def terms(self, terms: Sequence[Term]) -> list[Term]:
+        """The rows this strategy trains on: all.
+
+        Raises:
+            ValueError: If the density is a likelihood, outputs are too long, or there is one level alone.
+        """
+        if terms[0].of_outputs:
+            raise ValueError("Emulation learns a posterior by way of a likelihood; a likelihood is learned by its "
+                             "transfer strategy directly: use NPE, or NLE with TransferLearning.")
+        size = terms[0].fine[0].numel()
+        if size > MOST_OUTPUTS:
+            raise ValueError(f"Expected outputs of at most {MOST_OUTPUTS} numbers, whose density few runs can teach; "
+                             f"got {size}. Reduce x to summary statistics, or use another strategy.")
+        return self.transfer.terms(terms)
+
+    def runs(self, n: Sequence[int]) -> tuple[int, ...]:
+        """Runs of each level whose outputs are trained on, of data with n rows per level: all."""
+        return count_runs(n)
+
+    def fit(
+        self,
+        members: Sequence[Member],
+        *,
+        options: TrainingOptions,
+        pooled: bool = False,
+        schedules: Sequence[Schedule] = (),
+        checkpoint: Checkpoint | None = None,
+        progress: bool = True,
+        label: str = "training",
+    ) -> list[History]:
+        """Trains an emulator and then the network, of each member; see `minimise`.
+
+        Raises:
+            ValueError: If there is no prior to draw from.
+            TrainingError: If an emulator's draws cannot be used.
+        """
+        first, last = (None if checkpoint is None else checkpoint.part(name) for name in ("emulator", "draws"))
+        emulators = [_turned(member, self.density, options) for member in members]
+        before = self.transfer.fit(emulators, options=options, pooled=pooled, schedules=schedules[:-1],
+                                   checkpoint=first, progress=progress, label=f"{label}, emulator")
+        learners, notes = [], []
+        for member, emulator in zip(members, emulators, strict=True):
+            rows, lost = self._draw(member, emulator.network)
+            held = [pool_level(member.validation, len(member.train) - 1)] if member.validation else []
+            learners.append(replace(member, train=[rows], validation=held, seed=child_seed(member.seed, _KEYS[3])))
+            notes.append(f"{lost} of {self.rows} draws of the emulator lay far from every output simulated and were "
+                         "drawn anew" if lost else "")
+        after = minimise(
+            learners, objective=Objective(), pooled=pooled, schedule=schedules[-1] if schedules else None,
+            options=replace(options, batch_size=min(self.batch_size, self.rows), learning_rate=self.learning_rate,
+                            patience=self.patience),
+            checkpoint=last, progress=progress, label=f"{label}, {self.rows} draws",
+        )
+        for history, note in zip(after, notes, strict=True):
+            history.notes = (*history.notes, note) if note else history.notes
+        return [join_histories(parts) for parts in zip(before, after, strict=True)]
+
+    def _draw(self, member: Member, emulator: ConditionalDensity) -> tuple[Term, int]:
+        """Draws at parameters from the prior, and how many had to be drawn anew."""
+        if member.draw is None:
+            raise ValueError("Emulation draws parameters from the prior, which these members do not know.")
+        device = member.train[0].input.device
+        shape = member.train[0].fine.shape[1:]
+        seen = torch.cat([term.fine.flatten(1) for term in member.train])
+        low, high = seen.min(0).values, seen.max(0).values
+        margin = _BEYOND * (high - low)
+        kept: list[tuple[Tensor, Tensor]] = []
+        found = drawn = 0
+        while found < self.rows:
+            part = len(kept)
+            if part > 10:
+                raise TrainingError("The emulator's draws lie far from every simulated output: it has not learned "
+                                    "their law. Simulate more, or use another strategy.")
+            theta = member.draw(self.rows, child_seed(member.seed, _KEYS[2], part)).to(device)
+            with torch.no_grad(), seeded(child_seed(member.seed, _KEYS[2], part, 1), device):
+                x = emulator.sample(1, theta)[0]
+            near = ((x > low - margin) & (x < high + margin)).all(1)  # not a number is not near
+            kept.append((theta[near], x[near]))
+            found, drawn = found + int(near.sum()), drawn + self.rows
+        theta, x = (torch.cat(parts)[: self.rows] for parts in zip(*kept, strict=True))
+        # Of a last part that was not needed whole, only what came before the end counts.
+        lost = round((drawn - found) * self.rows / found)
+        return Term(theta, x.unflatten(1, shape) if len(shape) != 1 else x), lost
+
+
+def _turned(member: Member, density: DensityBuilder, options: TrainingOptions) -> Member:
+    """The member with outputs and parameters in each other's place, and a fresh network for them."""
+    sides = [Standardiser(torch.zeros(dim), torch.ones(dim), dtype=options.dtype)
+             for dim in (member.train[0].fine[0].numel(), member.train[0].input.shape[1])]
+    with seeded(child_seed(member.seed, _KEYS[0])):
+        network = ConditionalDensity(density, *sides)
+    network.density.to(options.dtype)
+    train, validation = ([_turn(term) for term in terms] for terms in (member.train, member.validation))
+    return Member(network.to(member.train[0].input.device), train, validation, child_seed(member.seed, _KEYS[1]))
+
+
+def _turn(term: Term) -> Term:
+    x = term.fine.flatten(1)
+    if term.coarse is None:
+        return Term(x, term.input, of_outputs=True)
+    return Term(x, term.input, term.input, term.coarse.flatten(1), of_outputs=True)

@@ -1,0 +1,144 @@
+r"""Weights of a mixture of densities that maximise its score on rows of the finest level which none of them has seen.
+
+.. math:: \max_w \; \frac1n \sum_i \log \sum_c w_c q_c(i), \qquad w_c \ge 0, \; \sum_c w_c = 1
+
+Where rows of the finest level are few, their mean is corrected by the control variate that the levels offer: the
+mixture's score on the pairs' coarse halves, whose mean over many rows of the cheap level is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+__all__ = ["Scores", "Stacking", "stack_densities"]
+
+_FEW_PAIRS = 50  # below, the control variate is used
+_PRIOR_PAIRS = 4.0  # pairs without correlation that the control variate's factor is drawn towards
+_PSEUDO_ROWS = 0.5  # times log w of every part: what equal weights are worth
+_NEGLIGIBLE = 0.02  # weights below are 0: an ensemble is evaluated as often as it has parts
+
+
+@dataclass(frozen=True)
+class Scores:
+    r"""Log densities of C candidates at held-out rows; larger is better.
+
+    Args:
+        fine: At rows of the finest level, shape `(C, n)`.
+        coarse: At the coarse halves of the same rows, shape `(C, n)`; `None` where there are none.
+        low: At other rows of the level below, shape `(C, m)`; `None` where there are none.
+    """
+
+    fine: Tensor
+    coarse: Tensor | None = None
+    low: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """All rows of several, which have the same candidates."""
+        found = {}
+        for name in ("coarse", "low"):
+            own = [getattr(part, name) for part in parts]
+            found[name] = None if any(one is None for one in own) else torch.cat(own, 1)
+        return cls(torch.cat([part.fine for part in parts], 1), **found)
+
+
+@dataclass(frozen=True)
+class Stacking:
+    r"""Weights of a mixture, and what they rest on.
+
+    Args:
+        weights: One per candidate, 0 where it adds nothing.
+        score: Mean log density of the mixture over the held-out rows.
+        scores: Of each candidate alone.
+        standard_errors: Of these.
+        rows: Held-out rows of the finest level.
+        factor: Factor of the control variate; 0 where none was used.
+    """
+
+    weights: tuple[float, ...]
+    score: float
+    scores: tuple[float, ...]
+    standard_errors: tuple[float, ...]
+    rows: int
+    factor: float = 0.0
+
+
+def stack_densities(scores: Scores) -> Stacking:
+    r"""Finds the mixture weights.
+
+    The score counts on top a half of :math:`\log w_c` for every candidate, spread over all rows: where rows are few,
+    weights stay near equal ones.
+
+    Args:
+        scores: Held-out log densities. Candidates with a score that is not a number, or minus infinity at every row,
+            get no weight.
+
+    Raises:
+        ValueError: If no candidate can be used.
+
+    References:
+        | Using stacking to average Bayesian predictive distributions (Yao et al., 2018)
+        | https://doi.org/10.1214/17-BA1091
+
+    Example:
+        >>> good, bad = torch.zeros(200), torch.full((200,), -3.0)
+        >>> stack_densities(Scores(torch.stack([good, bad]))).weights
+        (1.0, 0.0)
+    """
+    fine = scores.fine.double().cpu()
+    usable = (~fine.isnan()).all(1) & fine.isfinite().any(1)
+    if not bool(usable.any()):
+        raise ValueError("Expected a candidate with a finite score at some held-out row; none has one.")
+    index = usable.nonzero()[:, 0]
+    count = len(index)
+    kept = [None if part is None else part.double().cpu()[index] for part in (fine, scores.coarse, scores.low)]
+    found, coarse, low = kept
+    assert found is not None
+    even = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    factor = 0.0
+    if coarse is not None and low is not None and found.shape[1] < _FEW_PAIRS:
+        factor = _factor(_mix(even, found), _mix(even, coarse), _mix(even, low))
+
+    def loss(logits: np.ndarray) -> tuple[float, np.ndarray]:
+        free = torch.tensor(logits, requires_grad=True)
+        weights = free.softmax(0)
+        value = _mix(weights, found).mean() + _PSEUDO_ROWS / found.shape[1] * free.log_softmax(0).sum()
+        if factor and coarse is not None and low is not None:
+            value = value - factor * (_mix(weights, coarse).mean() - _mix(weights, low).mean())
+        gradient, = torch.autograd.grad(-value, free)
+        return -value.item(), gradient.numpy()
+
+    weights = even
+    if count > 1:
+        weights = torch.tensor(minimize(loss, np.zeros(count), jac=True, method="L-BFGS-B").x).softmax(0)
+        weights = torch.where(weights < _NEGLIGIBLE, 0.0, weights)
+        weights = weights / weights.sum()
+    whole = torch.zeros(len(fine), dtype=torch.float64)
+    whole[index] = weights
+    errors = fine.std(1) / math.sqrt(fine.shape[1]) if fine.shape[1] > 1 else torch.full((len(fine),), math.nan)
+    return Stacking(tuple(whole.tolist()), _mix(weights, found).mean().item(), tuple(fine.mean(1).tolist()),
+                    tuple(errors.tolist()), fine.shape[1], factor)
+
+
+def _mix(weights: Tensor, log_densities: Tensor) -> Tensor:
+    """Log density of the mixture, shape `(n,)`."""
+    return (log_densities + weights.log()[:, None]).logsumexp(0)
+
+
+def _factor(fine: Tensor, coarse: Tensor, low: Tensor) -> float:
+    """Factor of the control variate, between 0 and 1, drawn towards 0; 0 where a score is not finite."""
+    if len(fine) < 2 or not all(bool(part.isfinite().all()) for part in (fine, coarse, low)):
+        return 0.0
+    c, f = coarse - coarse.mean(), fine - fine.mean()
+    below = (c * c).sum() + _PRIOR_PAIRS * low.var(correction=0)
+    if not bool(below > 0):
+        return 0.0
+    slope = (c * f).sum() / below / (1 + len(coarse) / len(low))  # the mean over `low` has an error too
+    return float(slope.clamp(0.0, 1.0))
