@@ -48,6 +48,21 @@ def resume_cell(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -
     return result
 
 
+def keep_cell(folder: Path, key: str, version: Any, result: dict[str, Any]) -> None:
+    """Writes one cell, whole or not at all, for as long as `version` stands."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{key}.{os.getpid()}.partial"
+    partial.write_text(json.dumps({"version": version, "result": result}))
+    os.replace(partial, folder / f"{key}.json")
+
+
+def read_cell(folder: Path, key: str, version: Any) -> dict[str, Any] | None:
+    """A cell that `keep_cell` wrote under the same version; `None` where there is none."""
+    path = folder / f"{key}.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    return kept["result"] if kept.get("version") == version else None
+
+
 def summarise(values: Sequence[float]) -> dict[str, float]:
     """Mean, its standard error, standard deviation and median over seeds."""
     spread = statistics.stdev(values)
@@ -55,9 +70,13 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
             "median": statistics.median(values)}
 
 
-def write_result(name: str, content: dict[str, Any]) -> Path:
-    """Writes `experiments/results/<name>.json`, provenance included."""
+def write_result(name: str, content: dict[str, Any], *, compact: str | None = None) -> Path:
+    """Writes `experiments/results/<name>.json`, provenance included; what `compact` names comes last, in one line."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**content, "provenance": provenance()}, indent=1) + "\n")
+    rest = {key: value for key, value in content.items() if key != compact}
+    text = json.dumps({**rest, "provenance": provenance()}, indent=1)
+    if compact is not None:
+        text = f'{text[:-2]},\n "{compact}": {json.dumps(content[compact])}\n}}'
+    path.write_text(text + "\n")
     return path

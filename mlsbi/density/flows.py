@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlsbi.density.autoregressive import AffineAutoregressive
 from mlsbi.density.columns import ColumnResidualNet
-from mlsbi.density.linear import Reversal, SolvedLULinear
+from mlsbi.density.linear import Reversal, Shift, SolvedLULinear
 from mlsbi.density.splines import SplineCoupling
 
 __all__ = ["MAF", "NSF", "FlowDensity"]
@@ -63,6 +63,7 @@ class NSF:
         bins: Spline bins.
         tail_bound: Half-width of the splines' interval, in standard deviations; the identity outside.
         dropout: Dropout probability in the residual networks.
+        line: Whether the flow is of what a linear map of the condition leaves: few rows teach a line first.
 
     References:
         | Neural spline flows (Durkan et al., 2019)
@@ -80,6 +81,7 @@ class NSF:
     bins: int = 5
     tail_bound: float = 4.0
     dropout: float = 0.0
+    line: bool = False
 
     def __post_init__(self) -> None:
         if min(self.transforms, self.hidden, self.blocks) < 1 or self.bins < 2:
@@ -103,7 +105,7 @@ class NSF:
                 dropout=self.dropout,
             )
 
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [Shift(dim, condition_dim)] if self.line else []
         for index in range(self.transforms):
             # A single feature is always transformed, by a spline of the condition alone.
             mask = create_alternating_binary_mask(dim, even=index % 2 == 0) if dim > 1 else torch.ones(1)
@@ -124,6 +126,7 @@ class MAF:
         hidden: Width of the masked networks.
         blocks: Residual blocks per network.
         dropout: Dropout probability in the networks.
+        line: Whether the flow is of what linear maps of the condition and of the features before leave.
 
     References:
         | Masked autoregressive flow for density estimation (Papamakarios et al., 2017)
@@ -139,6 +142,7 @@ class MAF:
     hidden: int = 32
     blocks: int = 1
     dropout: float = 0.0
+    line: bool = False
 
     def __post_init__(self) -> None:
         if min(self.transforms, self.hidden, self.blocks) < 1 or not 0 <= self.dropout < 1:
@@ -146,7 +150,7 @@ class MAF:
 
     def __call__(self, dim: int, condition_dim: int) -> FlowDensity:
         """A fresh flow, initialised from torch's global random state."""
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [Shift(dim, condition_dim), SolvedLULinear(dim)] if self.line else []
         for index in range(self.transforms):
             if index:
                 layers.append(Reversal(dim))

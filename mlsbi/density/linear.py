@@ -1,13 +1,13 @@
-r"""Linear maps between the layers of a flow: LU-parameterised, and the reversal of features."""
+r"""Linear maps between the layers of a flow: LU-parameterised, the reversal of features, and a shift."""
 
 from __future__ import annotations
 
 import torch
-from nflows.transforms import ReversePermutation
+from nflows.transforms import ReversePermutation, Transform
 from nflows.transforms.lu import LULinear
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Reversal", "SolvedLULinear"]
+__all__ = ["Reversal", "Shift", "SolvedLULinear"]
 
 
 class SolvedLULinear(LULinear):
@@ -73,3 +73,30 @@ class Reversal(ReversePermutation):
     def columns(self, x: Tensor, condition: Tensor | None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Columns `(features, n)` in reverse order, and log-determinants `(n,)`, which are zero."""
         return x.flip(0), x.new_zeros(()).expand(x.shape[1])
+
+
+class Shift(Transform):
+    """A shift of columns by a linear map of the condition, zero at first: what is left is a regression's residual.
+
+    Args:
+        features: Number of features.
+        condition_dim: Length of the conditions.
+    """
+
+    def __init__(self, features: int, condition_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features, condition_dim))
+
+    def columns(self, x: Tensor, condition: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Columns `(features, n)` less the line at conditions `(condition_dim, n)`, and log-determinants, zero."""
+        return torch.addmm(x, self.weight, condition, alpha=1 if inverse else -1), x.new_zeros(()).expand(x.shape[1])
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs `(n, features)` and log-determinants `(n,)`."""
+        outputs, log_det = self.columns(inputs.T, context.T)
+        return outputs.T, log_det
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of `forward`."""
+        outputs, log_det = self.columns(inputs.T, context.T, inverse=True)
+        return outputs.T, log_det

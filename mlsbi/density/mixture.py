@@ -2,7 +2,6 @@ r"""A weighted mixture of trained densities, which is used as one."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -21,43 +20,32 @@ class DensityMixture(nn.Module):
     It is evaluated, sampled, saved and moved like one of its parts. Parts of weight 0 are kept and not evaluated.
 
     Args:
-        network: The first part, and for now the only one.
+        parts: The densities.
+        weights: One each, scaled to a sum of 1; equal ones when left out.
+
+    Raises:
+        ValueError: If there is not one weight a part, or one is negative, or all are 0.
 
     Example:
         >>> from mlsbi.density.flows import MAF
         >>> scalers = [Standardiser(torch.zeros(dim), torch.ones(dim)) for dim in (1, 2)]
-        >>> mixture = DensityMixture(ConditionalDensity(MAF(), *scalers))
-        >>> mixture.grow(3)
-        >>> mixture.weigh([0.5, 0.5, 0.0])
+        >>> parts = [ConditionalDensity(MAF(), *scalers) for _ in range(3)]
+        >>> mixture = DensityMixture(parts, [0.5, 0.5, 0.0])
         >>> mixture.log_prob(torch.zeros(4, 1), torch.zeros(4, 2)).shape, mixture.sample(5, torch.zeros(4, 2)).shape
         (torch.Size([4]), torch.Size([5, 4, 1]))
     """
 
     weights: Tensor
 
-    def __init__(self, network: ConditionalDensity) -> None:
+    def __init__(self, parts: Sequence[ConditionalDensity], weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([network])
-        self.register_buffer("weights", torch.ones(1, dtype=torch.float64))
-        self.train(network.training)
-
-    def grow(self, count: int) -> None:
-        """Makes it `count` copies of its first part, of equal weight: parts that start from the same initialisation."""
-        first = self.parts[0]
-        self.parts = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(count - 1))])
-        self.weigh([1.0 / count] * count)
-
-    def weigh(self, weights: Sequence[float]) -> None:
-        """Sets the weights, which are scaled to a sum of 1.
-
-        Raises:
-            ValueError: If there is not one weight a part, or one is negative, or all are 0.
-        """
-        found = torch.as_tensor(weights, dtype=torch.float64, device=self.weights.device)
-        if found.shape != (len(self.parts),) or not bool((found >= 0).all()) or not 0 < float(found.sum()) < torch.inf:
-            raise ValueError(f"Expected {len(self.parts)} weights of at least 0, not all of them 0; got "
-                             f"{found.tolist()}.")
-        self.weights = found / found.sum()
+        self.parts = nn.ModuleList(parts)
+        given = [1.0] * len(parts) if weights is None else weights
+        found = torch.tensor(given, dtype=torch.float64, device=parts[0].input_scaler.mean.device)
+        if len(found) != len(parts) or not bool((found >= 0).all()) or not 0 < float(found.sum()) < torch.inf:
+            raise ValueError(f"Expected {len(parts)} weights of at least 0, not all of them 0; got {list(given)}.")
+        self.register_buffer("weights", found / found.sum())
+        self.train(parts[0].training)
 
     @property
     def input_scaler(self) -> Standardiser:
@@ -96,6 +84,11 @@ class DensityMixture(nn.Module):
         for index, part in enumerate(self._used[1:], start=1):
             drawn = torch.where(chosen == index, part.sample(n, condition), drawn)
         return drawn
+
+    def become(self, other: DensityMixture) -> None:
+        """Takes over another mixture's parts and weights."""
+        self.parts, self.weights = other.parts, other.weights
+        self.train(other.training)
 
     def part(self, index: int) -> ConditionalDensity:
         """One of the densities."""

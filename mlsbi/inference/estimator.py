@@ -2,6 +2,7 @@ r"""What every neural estimator does: train, move, save and load."""
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -295,8 +296,7 @@ class Estimator(ABC):
         part.density.to(self.training.dtype)
         network: Network = part
         if config.get("parts") is not None:
-            network = DensityMixture(part)
-            network.grow(config["parts"])
+            network = DensityMixture([part, *(copy.deepcopy(part) for _ in range(config["parts"] - 1))])
         try:
             network.load_state_dict(state)
         except RuntimeError as error:

@@ -2,31 +2,27 @@ r"""All strategies on the same rows, mixed by how well they do on rows they have
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from mlsbi.data import count_runs
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.strategies.emulation import MOST_OUTPUTS, Emulation
+from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
-from mlsbi.strategies.stacking import Scores, Stacking, stack_densities
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
 from mlsbi.training.checkpoints import Checkpoint
-from mlsbi.training.history import History, TrainingError, join_histories
+from mlsbi.training.history import History
 from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
 __all__ = ["Auto"]
-
-_SCORED = 1 << 16  # rows evaluated at once
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,7 @@ class Auto:
     members: int = 5
 
     mixes: ClassVar[bool] = True
+    covers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.members < 1:
@@ -101,47 +98,22 @@ class Auto:
         progress: bool = True,
         label: str = "training",
     ) -> list[History]:
-        """Trains the candidates one after the other, each stopped by all members together, and weighs them.
-
-        A candidate that cannot be trained gets no weight, and the history says why.
+        """Trains the candidates and makes each network the mixture of what they gave; see `mix_candidates`.
 
         Raises:
             ValueError: If no rows are held out.
             TrainingError: If no candidate can be trained.
         """
-        if not all(member.validation for member in members):
-            raise ValueError("Auto weighs strategies by rows that are held out: set validation_fraction above 0.")
-        candidates = self.chosen(members[0].train)
-        mixtures = [_mixture(member) for member in members]
-        for mixture in mixtures:
-            mixture.grow(len(candidates))
-        histories: list[list[History] | str] = []
-        for index, candidate in enumerate(candidates):
-            own = [replace(member, network=mixture.part(index), train=candidate.terms(member.train),
-                           validation=candidate.terms(member.validation))
-                   for member, mixture in zip(members, mixtures, strict=True)]
-            part = None if checkpoint is None else checkpoint.part(f"{index}-{_name(candidate)}")
-            try:
-                histories.append(candidate.fit(own, options=options, pooled=True, checkpoint=part, progress=progress,
-                                               label=f"{label}, {_name(candidate)}"))
-            except TrainingError as error:
-                histories.append(str(error))
-        trained = [index for index, found in enumerate(histories) if not isinstance(found, str)]
-        if not trained:
-            raise TrainingError("No strategy could be trained: " + "; ".join(
-                f"{_name(candidate)}: {found}" for candidate, found in zip(candidates, histories, strict=True)))
-        scores = Scores.joined([_score(member, mixture, trained)
-                                for member, mixture in zip(members, mixtures, strict=True)])
-        try:
-            stacking = stack_densities(scores)
-        except ValueError as error:
-            raise TrainingError(f"The strategies cannot be weighed: {error}") from error
-        weights = dict(zip(trained, stacking.weights, strict=True))
-        for mixture in mixtures:
-            mixture.weigh([weights.get(index, 0.0) for index in range(len(candidates))])
-            mixture.eval()
-        return [_history(candidates, [found if isinstance(found, str) else found[at] for found in histories], stacking)
-                for at in range(len(members))]
+        check_held_out(members, "Auto")
+        networks = [_mixture(member) for member in members]
+        chosen = self.chosen(members[0].train)
+        candidates = [Candidate(_name(strategy), strategy, [copy.deepcopy(network.part(0)) for network in networks])
+                      for strategy in chosen]
+        mixtures, histories = mix_candidates(candidates, members, options=options, checkpoint=checkpoint,
+                                             progress=progress, label=label)
+        for network, mixture in zip(networks, mixtures, strict=True):
+            network.become(mixture)
+        return histories
 
 
 def _mixture(member: Member) -> DensityMixture:
@@ -153,51 +125,3 @@ def _mixture(member: Member) -> DensityMixture:
 
 def _name(strategy: Strategy) -> str:
     return type(strategy).__name__
-
-
-@torch.no_grad()
-def _score(member: Member, mixture: DensityMixture, trained: Sequence[int]) -> Scores:
-    """Log densities of the candidates that were trained, at the member's held-out rows."""
-    parts = [mixture.part(index) for index in trained]
-
-    def score(input: Tensor, condition: Tensor) -> Tensor:
-        rows = zip(input.split(_SCORED), condition.split(_SCORED), strict=True)
-        return torch.cat([torch.stack([part.standard_log_prob(*some) for part in parts]) for some in rows], 1)
-
-    for part in parts:
-        part.eval()
-    top = member.validation[-1]
-    fine = score(top.input, top.fine)
-    if top.coarse is None or len(member.validation) < 2:
-        return Scores(fine)
-    below = member.validation[-2]
-    coarse = score(top.input if top.coarse_input is None else top.coarse_input, top.coarse)
-    return Scores(fine, coarse, score(below.input, below.fine))
-
-
-def _history(candidates: Sequence[Strategy], found: Sequence[History | str], stacking: Stacking) -> History:
-    """One member's history: its candidates' one after the other, and what was made of them."""
-    trained = [history for history in found if isinstance(history, History)]
-    joined = join_histories(trained)
-    mixture: list[dict[str, Any]] = []
-    notes = list(joined.notes)
-    numbers = zip(stacking.weights, stacking.scores, stacking.standard_errors, strict=True)
-    stage = 0
-    for candidate, history in zip(candidates, found, strict=True):
-        name = _name(candidate)
-        if isinstance(history, str):
-            notes.append(f"{name} got no weight, for it could not be trained: {history}")
-            continue
-        weight, score, error = next(numbers)
-        stage += len(history.stages)
-        mixture.append({"strategy": name, "options": str(candidate), "weight": weight, "held_out": -score,
-                        "standard_error": error, "last_stage": stage - 1, "seconds": history.seconds})
-    told = ", ".join(f"{part['strategy']} {part['weight']:.0%}" for part in
-                     sorted(mixture, key=lambda part: -part["weight"]))
-    why = f"for the best score on {stacking.rows} held-out rows of the finest level"
-    if stacking.factor:
-        why += f", corrected by {stacking.factor:.2f} times their coarse halves'"
-    notes.append(f"strategies were mixed, {told}, {why}: the mixture has a held-out loss of {-stacking.score:.3f}, "
-                 f"the best of them alone {-max(stacking.scores):.3f}")
-    # Which epochs were kept is told per candidate; the loss is the mixture's.
-    return replace(joined, best_loss=-stacking.score, notes=tuple(notes), mixture=tuple(mixture))

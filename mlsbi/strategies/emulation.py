@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,16 @@ from torch import Tensor
 from mlsbi.data import count_runs
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.flows import MAF
-from mlsbi.density.registry import DensityBuilder
+from mlsbi.density.mixture import DensityMixture
+from mlsbi.density.mixture_density import MDN
+from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.density.standardise import Standardiser
 from mlsbi.randomness import child_seed, seeded
+from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
+from mlsbi.strategies.protocol import Strategy
+from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
+from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, TrainingError, join_histories
@@ -34,35 +41,52 @@ _BEYOND = 1.0  # ranges of the simulated outputs by which a draw may lie outside
 
 @dataclass(frozen=True)
 class Emulation:
-    r"""Posterior estimation by an emulator: q(x | theta) by transfer learning, then q(theta | x) from its draws.
+    r"""Posterior estimation by an emulator: q(x | theta) first, then q(theta | x) from its draws.
 
     A likelihood is often simpler than a posterior: it does not depend on the prior, has a regular shape, and what a
     cheap level teaches of it carries over. It is learned from the few runs there are; the posterior then has as many
     rows as it wants, at new parameters from the prior. What the emulator gets wrong, the posterior gets wrong too: it
-    stops training by real runs of the finest level, where some are held out.
+    stops training by real runs of the finest level, which are held out.
+
+    The emulator is itself a mixture, of densities that different strategies train, weighted by held-out runs of the
+    finest level.
 
     Args:
-        transfer: How the emulator is trained.
-        density: Density name or builder of the emulator.
+        emulators: Pairs of a density, or its name, and the strategy that trains it. When left out: a Gaussian, by
+            transfer learning with and without multilevel training after it and by the finest level alone, and a flow
+            by the first and the last of these.
         rows: Draws of the emulator that the posterior is trained on.
         batch_size: Draws in a step.
         learning_rate: Step size of the posterior's training.
         patience: Its patience.
+        members: Networks where no other number is asked for.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or there is no emulator.
     """
 
-    transfer: TransferLearning = TransferLearning()
-    density: DensityBuilder = MAF(transforms=2)
+    emulators: tuple[tuple[DensityBuilder | str, Strategy], ...] = (
+        (MDN(components=1), TransferThenMultilevel()),
+        (MDN(components=1), TransferLearning()),
+        (MDN(components=1), SingleLevel(-1)),
+        (MAF(transforms=2, line=True), TransferThenMultilevel()),
+        (MAF(transforms=2, line=True), SingleLevel(-1)),
+    )
     rows: int = 8192
     batch_size: int = 512
     learning_rate: float = 2e-3
     patience: int = 8
+    members: int = 5
+
+    covers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.batch_size, self.patience) < 1 or not self.learning_rate > 0:
-            raise ValueError(f"Expected positive rows, batch_size, patience and learning_rate; got {self}.")
+        if min(self.rows, self.batch_size, self.patience, self.members) < 1 or not self.learning_rate > 0:
+            raise ValueError(f"Expected positive rows, batch_size, patience, members and learning_rate; got {self}.")
+        pairs = tuple((resolve_builder(density), strategy) for density, strategy in self.emulators)
+        object.__setattr__(self, "emulators", pairs)
+        if not pairs or any(getattr(strategy, "mixes", False) for _, strategy in pairs):
+            raise ValueError("Expected at least one emulator, trained by a strategy that does not mix others itself.")
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all.
@@ -71,13 +95,15 @@ class Emulation:
             ValueError: If the density is a likelihood, outputs are too long, or there is one level alone.
         """
         if terms[0].of_outputs:
-            raise ValueError("Emulation learns a posterior by way of a likelihood; a likelihood is learned by its "
-                             "transfer strategy directly: use NPE, or NLE with TransferLearning.")
+            raise ValueError("Emulation learns a posterior by way of a likelihood. NLE learns the likelihood: use NPE, "
+                             "or NLE with another strategy.")
         size = terms[0].fine[0].numel()
         if size > MOST_OUTPUTS:
             raise ValueError(f"Expected outputs of at most {MOST_OUTPUTS} numbers, whose density few runs can teach; "
                              f"got {size}. Reduce x to summary statistics, or use another strategy.")
-        return self.transfer.terms(terms)
+        for _, strategy in self.emulators:
+            strategy.terms(terms)
+        return list(terms)
 
     def runs(self, n: Sequence[int]) -> tuple[int, ...]:
         """Runs of each level whose outputs are trained on, of data with n rows per level: all."""
@@ -97,31 +123,40 @@ class Emulation:
         """Trains an emulator and then the network, of each member; see `minimise`.
 
         Raises:
-            ValueError: If there is no prior to draw from.
+            ValueError: If there is no prior to draw from, or no rows are held out.
             TrainingError: If an emulator's draws cannot be used.
         """
+        check_held_out(members, "Emulation")
         first, last = (None if checkpoint is None else checkpoint.part(name) for name in ("emulator", "draws"))
-        emulators = [_turned(member, self.density, options) for member in members]
-        before = self.transfer.fit(emulators, options=options, pooled=pooled, schedules=schedules[:-1],
-                                   checkpoint=first, progress=progress, label=f"{label}, emulator")
+        turned = [replace(member, train=[_turn(term) for term in member.train], draw=None,
+                          validation=[_turn(term) for term in member.validation],
+                          seed=child_seed(member.seed, _KEYS[1])) for member in members]
+        candidates = [
+            Candidate(f"{type(density).__name__} by {type(strategy).__name__}", strategy,
+                      [_network(member, density, options) for member in turned])
+            for density, strategy in self.emulators if not isinstance(density, str)
+        ]
+        emulators, before = mix_candidates(candidates, turned, options=options, checkpoint=first, progress=progress,
+                                           label=f"{label}, emulator")
         learners, notes = [], []
         for member, emulator in zip(members, emulators, strict=True):
-            rows, lost = self._draw(member, emulator.network)
+            rows, lost = self._draw(member, emulator)
             held = [pool_level(member.validation, len(member.train) - 1)] if member.validation else []
             learners.append(replace(member, train=[rows], validation=held, seed=child_seed(member.seed, _KEYS[3])))
             notes.append(f"{lost} of {self.rows} draws of the emulator lay far from every output simulated and were "
                          "drawn anew" if lost else "")
         after = minimise(
-            learners, objective=Objective(), pooled=pooled, schedule=schedules[-1] if schedules else None,
+            learners, objective=Objective(), pooled=True,
             options=replace(options, batch_size=min(self.batch_size, self.rows), learning_rate=self.learning_rate,
                             patience=self.patience),
             checkpoint=last, progress=progress, label=f"{label}, {self.rows} draws",
         )
-        for history, note in zip(after, notes, strict=True):
+        for emulated, history, note in zip(before, after, notes, strict=True):
+            emulated.notes = tuple(f"emulator: {text}" for text in emulated.notes)
             history.notes = (*history.notes, note) if note else history.notes
         return [join_histories(parts) for parts in zip(before, after, strict=True)]
 
-    def _draw(self, member: Member, emulator: ConditionalDensity) -> tuple[Term, int]:
+    def _draw(self, member: Member, emulator: DensityMixture) -> tuple[Term, int]:
         """Draws at parameters from the prior, and how many had to be drawn anew."""
         if member.draw is None:
             raise ValueError("Emulation draws parameters from the prior, which these members do not know.")
@@ -149,18 +184,18 @@ class Emulation:
         return Term(theta, x.unflatten(1, shape) if len(shape) != 1 else x), lost
 
 
-def _turned(member: Member, density: DensityBuilder, options: TrainingOptions) -> Member:
-    """The member with outputs and parameters in each other's place, and a fresh network for them."""
-    sides = [Standardiser(torch.zeros(dim), torch.ones(dim), dtype=options.dtype)
-             for dim in (member.train[0].fine[0].numel(), member.train[0].input.shape[1])]
+def _network(member: Member, density: DensityBuilder, options: TrainingOptions) -> ConditionalDensity:
+    """A fresh density of rows that are standardised already."""
+    sides = [Standardiser(torch.zeros(rows.shape[1]), torch.ones(rows.shape[1]), dtype=options.dtype)
+             for rows in (member.train[0].input, member.train[0].fine)]
     with seeded(child_seed(member.seed, _KEYS[0])):
         network = ConditionalDensity(density, *sides)
     network.density.to(options.dtype)
-    train, validation = ([_turn(term) for term in terms] for terms in (member.train, member.validation))
-    return Member(network.to(member.train[0].input.device), train, validation, child_seed(member.seed, _KEYS[1]))
+    return network.to(member.train[0].input.device)
 
 
 def _turn(term: Term) -> Term:
+    """Outputs, flattened, in the place of parameters and the other way round."""
     x = term.fine.flatten(1)
     if term.coarse is None:
         return Term(x, term.input, of_outputs=True)

@@ -179,8 +179,8 @@ def fit_ensemble(
     """
     fitting = _Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options,
                        torch.device(device), seed)
-    pooled = fitting.mixes or _cross_fits(fitting.rows, options)
-    if pooled and members == 1 and not fitting.mixes:
+    pooled = fitting.covers or _cross_fits(fitting.rows, options)
+    if pooled and members == 1 and not fitting.covers:
         return _cross_fit(fitting, checkpoint, progress=progress)
     most = members if pooled else at_once(fitting.rows, members, options, fitting.device)
     networks: list[Network] = []
@@ -240,7 +240,7 @@ def fit_replicates(
     fittings = [_Fitting(problem, builder, strategy, strategy.terms(problem.terms), embedding, options, place, seed)
                 for problem, seed in zip(problems, seeds, strict=True)]
     rows = fittings[0].rows
-    apart = fittings[0].mixes or _cross_fits(rows, options)
+    apart = fittings[0].covers or _cross_fits(rows, options)
     alike = all([len(term) for term in fitting.rows] == [len(term) for term in rows] for fitting in fittings)
     total = members * len(problems)
     most = at_once(rows, total, options, place)
@@ -275,13 +275,18 @@ class _Fitting:
         """Whether each network is to become a mixture."""
         return bool(getattr(self.strategy, "mixes", False))
 
+    @property
+    def covers(self) -> bool:
+        """Whether every row is to be held out by some member, and members stop together."""
+        return bool(getattr(self.strategy, "covers", False))
+
     def network(self, member: int, key: int = 0) -> Network:
         """A fresh network, initialised for one member."""
         network = self.problem.network(self.builder, self.embedding, seed=child_seed(self.seed, key, member),
                                        dtype=self.options.dtype)
         if member and not key and self.embedding is not None:
             _reset(network.embedding, seed=child_seed(self.seed, 3, member))
-        return (DensityMixture(network) if self.mixes else network).to(self.device)
+        return (DensityMixture([network]) if self.mixes else network).to(self.device)
 
     def member(self, member: int, members: int, *, key: int = 0) -> Member:
         """One member with its split; `key` tells ensembles of different purpose apart."""
@@ -290,7 +295,7 @@ class _Fitting:
         if self.options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(self.seed, 1))  # one permutation for all members
             kept, held = split_terms(self.rows, self.options.validation_fraction, generator, member=member,
-                                     members=members, cover=key == _FOLD_KEY or self.mixes)
+                                     members=members, cover=key == _FOLD_KEY or self.covers)
         # Standardised one by one, so that large data is not there twice over.
         train = [self.problem.standardise(kept.pop(0)) for _ in range(len(kept))]
         validation = [self.problem.standardise(held.pop(0)) for _ in range(len(held))]

@@ -17,8 +17,9 @@ __all__ = ["Strategy"]
 class Strategy(Protocol):
     r"""A way to train networks on coupled rows: a frozen dataclass with three methods.
 
-    One that makes each network a mixture of several has `mixes = True` beside them, and gets `DensityMixture`s; and it
-    may name in `members` how many networks to train where no number is asked for.
+    Beside them it may have `members`, how many networks to train where no number is asked for; `covers = True`, if
+    every row is to be held out by some member and members are to stop together; and `mixes = True`, if it makes each
+    network a mixture of several: it is then given `DensityMixture`s.
     """
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:

@@ -45,10 +45,10 @@ class TrainingOptions:
         ValueError: If a number is out of range.
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch_size: int | Literal["auto"] | None = "auto"
     epochs: int = 1000
-    patience: int = 30
+    patience: int = 20
     validation_fraction: float = 0.2
     cross_fit: bool | Literal["auto"] = False
     clip: float = 5.0

@@ -1,0 +1,150 @@
+r"""Training several strategies on the same rows, and weighing what they give by rows that they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlsbi.density.conditional import ConditionalDensity
+from mlsbi.density.mixture import DensityMixture
+from mlsbi.strategies.protocol import Strategy
+from mlsbi.strategies.stacking import Scores, Stacking, stack_densities
+from mlsbi.training.checkpoints import Checkpoint
+from mlsbi.training.history import History, TrainingError, join_histories
+from mlsbi.training.members import Member
+from mlsbi.training.objective import Term
+from mlsbi.training.options import TrainingOptions
+
+__all__ = ["Candidate", "check_held_out", "mix_candidates"]
+
+_SCORED = 1 << 16  # rows evaluated at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    r"""A strategy to be mixed, and the networks that it trains.
+
+    Args:
+        name: What histories call it.
+        strategy: How it is trained.
+        networks: One per member.
+    """
+
+    name: str
+    strategy: Strategy
+    networks: Sequence[ConditionalDensity]
+
+
+def check_held_out(members: Sequence[Member], what: str) -> None:
+    """Raises a `ValueError` unless every member holds rows out."""
+    if not all(member.validation for member in members):
+        raise ValueError(f"{what} weighs networks by rows that are held out: set validation_fraction above 0.")
+
+
+def mix_candidates(
+    candidates: Sequence[Candidate],
+    members: Sequence[Member],
+    *,
+    options: TrainingOptions,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = True,
+    label: str = "training",
+) -> tuple[list[DensityMixture], list[History]]:
+    r"""Trains candidates one after the other, each stopped by all members together, and mixes them.
+
+    All members have the same weights: those of the mixture with the best score on the rows that they hold out. A
+    candidate that cannot be trained gets no weight, and the history says why.
+
+    Args:
+        candidates: What to train.
+        members: Rows and seeds; their networks are not used.
+        options: How each candidate is trained.
+        checkpoint: Where to keep the state of the training, and to go on from.
+        progress: Whether to show a progress bar.
+        label: What the bar is called.
+
+    Returns:
+        One mixture and one history per member.
+
+    Raises:
+        TrainingError: If no candidate can be trained, or none can be scored.
+    """
+    found: list[list[History] | str] = []
+    for index, candidate in enumerate(candidates):
+        own = [replace(member, network=network, train=candidate.strategy.terms(member.train),
+                       validation=candidate.strategy.terms(member.validation))
+               for member, network in zip(members, candidate.networks, strict=True)]
+        part = None if checkpoint is None else checkpoint.part(f"{index}-{candidate.name}")
+        try:
+            found.append(candidate.strategy.fit(own, options=options, pooled=True, checkpoint=part, progress=progress,
+                                                label=f"{label}, {candidate.name}"))
+        except TrainingError as error:
+            found.append(str(error))
+    trained = [index for index, histories in enumerate(found) if not isinstance(histories, str)]
+    if not trained:
+        raise TrainingError("No strategy could be trained: " + "; ".join(
+            f"{candidate.name}: {why}" for candidate, why in zip(candidates, found, strict=True)))
+    try:
+        stacking = stack_densities(Scores.joined([
+            _score(member, [candidates[index].networks[at] for index in trained]) for at, member in enumerate(members)
+        ]))
+    except ValueError as error:
+        raise TrainingError(f"The strategies cannot be weighed: {error}") from error
+    weights = dict(zip(trained, stacking.weights, strict=True))
+    shares = [weights.get(index, 0.0) for index in range(len(candidates))]
+    mixtures = [DensityMixture([candidate.networks[at] for candidate in candidates], shares).eval()
+                for at in range(len(members))]
+    names = [candidate.name for candidate in candidates]
+    histories = [_history(names, [own if isinstance(own, str) else own[at] for own in found], stacking)
+                 for at in range(len(members))]
+    return mixtures, histories
+
+
+@torch.no_grad()
+def _score(member: Member, networks: Sequence[ConditionalDensity]) -> Scores:
+    """Log densities at the rows that a member holds out."""
+
+    def score(input: Tensor, condition: Tensor) -> Tensor:
+        rows = zip(input.split(_SCORED), condition.split(_SCORED), strict=True)
+        return torch.cat([torch.stack([network.standard_log_prob(*some) for network in networks]) for some in rows], 1)
+
+    for network in networks:
+        network.eval()
+    top: Term = member.validation[-1]
+    fine = score(top.input, top.fine)
+    if top.coarse is None or len(member.validation) < 2:
+        return Scores(fine)
+    below = member.validation[-2]
+    coarse = score(top.input if top.coarse_input is None else top.coarse_input, top.coarse)
+    return Scores(fine, coarse, score(below.input, below.fine))
+
+
+def _history(names: Sequence[str], found: Sequence[History | str], stacking: Stacking) -> History:
+    """One member's history: its candidates' one after the other, and what was made of them."""
+    joined = join_histories([history for history in found if isinstance(history, History)])
+    mixture: list[dict[str, Any]] = []
+    notes = list(joined.notes)
+    numbers = zip(stacking.weights, stacking.scores, stacking.standard_errors, strict=True)
+    stage = 0
+    for name, history in zip(names, found, strict=True):
+        if isinstance(history, str):
+            notes.append(f"{name} got no weight, for it could not be trained: {history}")
+            continue
+        weight, score, error = next(numbers)
+        mixture.append({"strategy": name, "weight": weight, "held_out": -score, "standard_error": error,
+                        "stages": (stage, stage + len(history.stages)), "seconds": history.seconds})
+        stage += len(history.stages)
+    if len(mixture) > 1:
+        told = ", ".join(f"{part['strategy']} {part['weight']:.0%}" for part in
+                         sorted(mixture, key=lambda part: -part["weight"]))
+        why = f"for the best score on {stacking.rows} held-out rows of the finest level"
+        if stacking.factor:
+            why += f", corrected by {stacking.factor:.2f} times their coarse halves'"
+        notes.append(f"mixed {told}, {why}: the mixture has a held-out loss of {-stacking.score:.3f}, the best of them "
+                     f"alone {-max(stacking.scores):.3f}")
+    # Which epoch was kept is told per candidate; the loss is the mixture's.
+    return replace(joined, best_loss=-stacking.score, notes=tuple(notes), mixture=tuple(mixture))
