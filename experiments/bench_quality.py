@@ -6,8 +6,8 @@ different rows, and `Auto` itself with all its defaults. The floor is the exact 
 else plain training on many runs of the finest level; the ceiling is the prior.
 
 Scores: mean and median negative log density of the true parameters over 1000 test simulations (all 400 of CAMELS);
-for likelihoods of g-and-k the divergence from the exact density over 20 000 test rows, for the toggle switch the squared
-MMD of 500 against 500 draws at 200 test theta. Calibration: how often the truth lies in 90% regions of highest density
+for likelihoods of g-and-k the divergence from the exact density over 20 000 test rows, for the toggle switch the
+squared MMD of 500 against 500 draws at 200 test theta. Calibration: how often the truth lies in 90% regions of highest density
 (of theta for posteriors, of x for likelihoods), on 250 test rows, and whether levels of all sizes are uniform, by KS.
 
 Hyper-parameters were chosen on seeds from 9000 on; reported seeds start at 100. A cell is one (row, seed, strategy);

@@ -295,7 +295,7 @@ class _Fitting:
         if self.options.validation_fraction:
             generator = torch.Generator().manual_seed(child_seed(self.seed, 1))  # one permutation for all members
             kept, held = split_terms(self.rows, self.options.validation_fraction, generator, member=member,
-                                     members=members, cover=key == _FOLD_KEY or self.covers)
+                                     members=members, cover=key == _FOLD_KEY or (self.covers and members > 1))
         # Standardised one by one, so that large data is not there twice over.
         train = [self.problem.standardise(kept.pop(0)) for _ in range(len(kept))]
         validation = [self.problem.standardise(held.pop(0)) for _ in range(len(held))]

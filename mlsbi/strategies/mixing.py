@@ -136,7 +136,7 @@ def _history(names: Sequence[str], found: Sequence[History | str], stacking: Sta
             continue
         weight, score, error = next(numbers)
         mixture.append({"strategy": name, "weight": weight, "held_out": -score, "standard_error": error,
-                        "stages": (stage, stage + len(history.stages)), "seconds": history.seconds})
+                        "stages": [stage, stage + len(history.stages)], "seconds": history.seconds})
         stage += len(history.stages)
     if len(mixture) > 1:
         told = ", ".join(f"{part['strategy']} {part['weight']:.0%}" for part in

@@ -21,7 +21,7 @@ __all__ = ["Scores", "Stacking", "stack_densities"]
 
 _FEW_PAIRS = 50  # below, the control variate is used
 _PRIOR_PAIRS = 4.0  # pairs without correlation that the control variate's factor is drawn towards
-_PSEUDO_ROWS = 0.5  # times log w of every part: what equal weights are worth
+_PSEUDO_ROWS = 0.25  # times log w of every part: what equal weights are worth
 _NEGLIGIBLE = 0.02  # weights below are 0: an ensemble is evaluated as often as it has parts
 
 
@@ -73,7 +73,7 @@ class Stacking:
 def stack_densities(scores: Scores) -> Stacking:
     r"""Finds the mixture weights.
 
-    The score counts on top a half of :math:`\log w_c` for every candidate, spread over all rows: where rows are few,
+    The score counts on top a quarter of :math:`\log w_c` for every candidate, spread over all rows: where rows are few,
     weights stay near equal ones.
 
     Args:

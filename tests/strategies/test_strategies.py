@@ -4,7 +4,20 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import torch
 
-from mlsbi import MDN, NPE, BoxPrior, Multilevel, MultilevelData, SingleLevel, TrainingOptions, TransferLearning
+from mlsbi import (
+    MAF,
+    MDN,
+    NPE,
+    Auto,
+    BoxPrior,
+    Emulation,
+    Multilevel,
+    MultilevelData,
+    SingleLevel,
+    TrainingOptions,
+    TransferLearning,
+    TransferThenMultilevel,
+)
 from mlsbi.strategies import multilevel
 from mlsbi.strategies.registry import resolve_strategy, strategy_from_config, strategy_names, strategy_to_config
 from mlsbi.training.descent import Objective
@@ -18,7 +31,11 @@ QUICK = TrainingOptions(epochs=4)
 PRIOR = BoxPrior([0.0], [1.0])
 STRATEGIES = [Multilevel(), Multilevel("estimated", rescale=True, project=True), Multilevel((0.5,), align=False),
               Multilevel(correction_limit=0.5, difference_penalty=2.0), TransferLearning(), SingleLevel(0),
-              TransferLearning(learning_rate=(1e-3, 1e-4), patience=3, fine_tune=True), SingleLevel(-1)]
+              TransferLearning(learning_rate=(1e-3, 1e-4), patience=3, fine_tune=True), SingleLevel(-1),
+              TransferLearning(joint=True), TransferThenMultilevel(),
+              TransferThenMultilevel(TransferLearning(joint=True), Multilevel("unit", align=False), align=False)]
+COVERING = [Auto(), Auto((SingleLevel(-1), Multilevel())),
+            Emulation(((SMALL, SingleLevel(-1)), (MAF(transforms=1, hidden=4), TransferLearning())), rows=100)]
 
 
 def make_data(n=(80, 20)):
@@ -73,7 +90,18 @@ def test_every_strategy_trains_one_network_or_several(strategy, ensemble, cross_
     assert torch.equal(found, again.posterior(torch.tensor([0.3, 0.3])).log_prob(torch.tensor([[0.2], [0.5]])))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("strategy", COVERING, ids=str)
+@pytest.mark.parametrize("ensemble", [1, 3])
+def test_strategies_that_hold_every_row_out_train_one_network_or_several(strategy, ensemble, tmp_path):
+    npe = fit(strategy, ensemble, QUICK, checkpoint=tmp_path)
+    assert len(npe.networks) == len(npe.histories) == ensemble
+    found = npe.posterior(torch.tensor([0.3, 0.3])).log_prob(torch.tensor([[0.2], [0.5]]))
+    assert bool(found.isfinite().all())
+    again = fit(strategy, ensemble, QUICK, checkpoint=tmp_path)
+    assert torch.equal(found, again.posterior(torch.tensor([0.3, 0.3])).log_prob(torch.tensor([[0.2], [0.5]])))
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *COVERING, Emulation()], ids=str)
 def test_configurations_come_back_through_json(strategy):
     assert strategy_from_config(json.loads(json.dumps(strategy_to_config(strategy)))) == strategy
 
@@ -82,12 +110,18 @@ def test_a_users_own_strategy_is_named_but_not_read_back():
     config = strategy_to_config(Reversed(0.01))
     assert config == {"name": "Reversed", "options": {"rate": 0.01}}
     assert strategy_from_config(config) is None
+    mixed = json.loads(json.dumps(strategy_to_config(Auto((SingleLevel(-1), Reversed())))))
+    assert mixed["options"]["candidates"][1]["strategy"]["name"] == "Reversed"
+    assert strategy_from_config(mixed) is None
+    own = Emulation(((lambda dim, condition_dim: None, SingleLevel(-1)),))
+    assert strategy_from_config(json.loads(json.dumps(strategy_to_config(own)))) is None
     assert resolve_strategy(Reversed()) == Reversed()
 
 
 def test_names():
     assert {name: resolve_strategy(name) for name in strategy_names()} == {
-        "multilevel": Multilevel(), "transfer": TransferLearning(), "high": SingleLevel(-1), "low": SingleLevel(0)}
+        "multilevel": Multilevel(), "transfer": TransferLearning(), "high": SingleLevel(-1), "low": SingleLevel(0),
+        "transfer_then_multilevel": TransferThenMultilevel(), "emulation": Emulation(), "auto": Auto()}
     with pytest.raises(ValueError, match="Unknown strategy 'all'"):
         resolve_strategy("all")
     with pytest.raises(TypeError, match=r"A class must be called: Multilevel\(\)"):

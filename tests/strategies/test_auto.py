@@ -1,0 +1,170 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import mlsbi
+from mlsbi import (
+    MDN,
+    NLE,
+    NPE,
+    Auto,
+    BoxPrior,
+    Emulation,
+    Multilevel,
+    MultilevelData,
+    SingleLevel,
+    TrainingOptions,
+    TransferLearning,
+    TransferThenMultilevel,
+)
+from mlsbi.density.mixture import DensityMixture
+from mlsbi.training.history import TrainingError
+
+SMALL = MDN(components=1, hidden=8, layers=1)
+QUICK = TrainingOptions(epochs=40, learning_rate=5e-3)
+PRIOR = BoxPrior([0.0], [1.0])
+X = torch.tensor([[0.2, 0.2], [0.7, 0.7]])
+THETA = torch.tensor([[0.2], [0.5]])
+
+
+def make_data(n=(200, 40), low="close", seed=0):
+    """Two outputs about theta; the low level is close to them, or says the contrary."""
+    g = torch.Generator().manual_seed(seed)
+    levels = []
+    for level, rows in enumerate(n):
+        theta, u = torch.rand(rows, 1, generator=g), 0.1 * torch.randn(rows, 2, generator=g)
+        fine = theta + u
+        coarse = fine + 0.02 if low == "close" else 1 - theta + u
+        levels.append((theta, fine, coarse) if level else (theta, coarse))
+    return MultilevelData.from_arrays(levels)
+
+
+def fit(strategy, data=None, kind=NPE, ensemble=None, options=QUICK, seed=1):
+    made = kind(PRIOR, strategy=strategy, density=SMALL, training=options, seed=seed)
+    return made.fit(make_data() if data is None else data, ensemble, progress=False)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A user's strategy that cannot be trained."""
+
+    def terms(self, terms):
+        return list(terms)
+
+    def runs(self, n):
+        return tuple(n)
+
+    def fit(self, members, **named):
+        raise TrainingError("it never works")
+
+
+def test_candidates_are_what_they_would_be_alone():
+    """An ensemble of the same size whose members stop together; the split covers all rows in both."""
+    strategies = (Multilevel(), TransferLearning())
+    npe = fit(Auto(strategies))
+    assert len(npe.networks) == 5
+    for index, strategy in enumerate(strategies):
+        alone = fit(strategy, ensemble=5, options=replace(QUICK, cross_fit=True))
+        for mixture, network in zip(npe.networks, alone.networks, strict=True):
+            for one, other in zip(mixture.parts[index].parameters(), network.parameters(), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_weights_follow_what_rows_of_the_finest_level_say():
+    npe = fit(Auto((SingleLevel(-1), SingleLevel(0))), make_data(low="contrary"))
+    weights = [part["weight"] for part in npe.history.mixture]
+    assert weights == [1.0, 0.0]
+    told = npe.history.mixture[0]
+    assert told["strategy"] == "SingleLevel"
+    assert told["held_out"] < npe.history.mixture[1]["held_out"]
+    assert any("mixed SingleLevel 100%" in note and "40 held-out rows" in note for note in npe.history.notes)
+    for network in npe.networks:
+        assert isinstance(network, DensityMixture)
+        assert network.weights.tolist() == weights
+    # As good as the better one, whose networks it uses alone.
+    only = fit(SingleLevel(-1), make_data(low="contrary"), ensemble=5, options=replace(QUICK, cross_fit=True))
+    theta, x = torch.rand(200, 1, generator=torch.Generator().manual_seed(9)), None
+    x = theta + 0.1 * torch.randn(200, 2, generator=torch.Generator().manual_seed(10))
+    one, other = (float(e.posterior().log_prob_batched(theta[None], x).mean()) for e in (npe, only))
+    assert abs(one - other) < 0.1  # rows were pooled before they were split there
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    (NPE, ["Multilevel", "TransferLearning", "TransferThenMultilevel", "SingleLevel", "Emulation"]),
+    (NLE, ["Multilevel", "TransferLearning", "TransferThenMultilevel", "SingleLevel"]),
+])
+def test_default_candidates_depend_on_what_is_learned(kind, expected):
+    fitted = fit("auto", kind=kind, options=TrainingOptions(epochs=2), ensemble=2)
+    assert [part["strategy"] for part in fitted.history.mixture] == expected
+    assert sum(part["weight"] for part in fitted.history.mixture) == pytest.approx(1.0)
+    if kind is NLE:
+        assert fitted.likelihood.log_prob(X, THETA).isfinite().all()
+        assert fitted.likelihood.sample(THETA, seed=0).shape == (2, 2)
+
+
+def test_one_level_and_long_outputs_leave_candidates_out():
+    one = MultilevelData.from_arrays([(make_data().levels[0].theta, make_data().levels[0].fine)])
+    fitted = fit("auto", one, options=TrainingOptions(epochs=2), ensemble=2)
+    assert [part["strategy"] for part in fitted.history.mixture] == ["SingleLevel"]
+    theta = torch.rand(30, 1)
+    long = MultilevelData.from_arrays([(theta, torch.rand(30, 65)), (theta[:10], torch.rand(10, 65),
+                                                                     torch.rand(10, 65))])
+    fitted = fit("auto", long, options=TrainingOptions(epochs=2), ensemble=2)
+    assert "Emulation" not in [part["strategy"] for part in fitted.history.mixture]
+
+
+def test_a_mixture_is_saved_and_read_back(tmp_path):
+    npe = fit(Auto((SingleLevel(-1), Multilevel())))
+    npe.save(tmp_path)
+    again = mlsbi.load(tmp_path)
+    assert again.strategy == npe.strategy
+    assert again.history.mixture == npe.history.mixture
+    for one, other in ((npe, again),):
+        assert torch.equal(one.posterior(X[0]).log_prob(THETA), other.posterior(X[0]).log_prob(THETA))
+        assert torch.equal(one.posterior(X[0]).sample((9,), seed=3), other.posterior(X[0]).sample((9,), seed=3))
+
+
+def test_seeds_reproduce_and_differ():
+    draws = [fit(Auto((SingleLevel(-1), Emulation(((SMALL, SingleLevel(-1)),), rows=64))), seed=seed)
+             .posterior(X[0]).log_prob(THETA) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_a_candidate_that_fails_gets_no_weight_and_is_told():
+    npe = fit(Auto((Failing(), SingleLevel(-1))))
+    assert [part["strategy"] for part in npe.history.mixture] == ["SingleLevel"]
+    assert npe.networks[0].weights.tolist() == [0.0, 1.0]
+    assert any("Failing got no weight" in note and "it never works" in note for note in npe.history.notes)
+    with pytest.raises(TrainingError, match="No strategy could be trained: Failing: it never works"):
+        fit(Auto((Failing(),)))
+
+
+@pytest.mark.parametrize("strategy", [Auto(), Emulation()], ids=["Auto", "Emulation"])
+def test_rows_must_be_held_out(strategy):
+    with pytest.raises(ValueError, match="set validation_fraction above 0"):
+        fit(strategy, options=replace(QUICK, validation_fraction=0.0))
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="at least one candidate"):
+        Auto(())
+    with pytest.raises(ValueError, match="none of which mixes others"):
+        Auto((Auto(),))
+    with pytest.raises(ValueError, match="at least 1 member"):
+        Auto(members=0)
+    with pytest.raises(ValueError, match="at least one emulator"):
+        Emulation(())
+    with pytest.raises(ValueError, match="at least one emulator"):
+        Emulation(((SMALL, Auto()),))
+    with pytest.raises(ValueError, match="positive rows"):
+        Emulation(rows=0)
+    with pytest.raises(ValueError, match="align=False in the strategies"):
+        TransferThenMultilevel(multilevel=Multilevel())
+    with pytest.raises(ValueError, match="NLE learns the likelihood"):
+        fit(Emulation(), kind=NLE)
+    theta = torch.rand(30, 1)
+    long = MultilevelData.from_arrays([(theta, torch.rand(30, 65)), (theta, torch.rand(30, 65), torch.rand(30, 65))])
+    with pytest.raises(ValueError, match="at most 64 numbers"):
+        fit(Emulation(), long)
