@@ -7,8 +7,8 @@ else plain training on many runs of the finest level; the ceiling is the prior.
 
 Scores: mean and median negative log density of the true parameters over 1000 test simulations (all 400 of CAMELS);
 for likelihoods of g-and-k the divergence from the exact density over 20 000 test rows, for the toggle switch the
-squared MMD of 500 against 500 draws at 200 test theta. Calibration: how often the truth lies in 90% regions of highest density
-(of theta for posteriors, of x for likelihoods), on 250 test rows, and whether levels of all sizes are uniform, by KS.
+squared MMD of 500 against 500 draws at 200 test theta. Calibration: how often the truth lies in 90% regions of highest
+density (of theta for posteriors, of x for likelihoods), on 250 test rows, and whether all sizes are uniform, by KS.
 
 Hyper-parameters were chosen on seeds from 9000 on; reported seeds start at 100. A cell is one (row, seed, strategy);
 finished ones are read from the result file and from `--cells`, so that an interrupted run goes on, on another machine
@@ -43,6 +43,7 @@ from mlsbi import NLE, NPE, Auto, Multilevel, SingleLevel, TrainingOptions, task
 from mlsbi.data import MultilevelData
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.diagnostics import coverage, hpd_levels, uniformity
+from mlsbi.plots.style import COLOURS, GREY, TRUTH, add_legend, dress, new_figure
 from mlsbi.tasks import Task
 from mlsbi.tasks.toggle_switch import LARGEST
 
@@ -270,17 +271,37 @@ def show(table: Mapping[str, Any]) -> None:
               + " ".join(f"{'' if cell is None else f'{cell:.3f}':>13s}" for cell in cells), flush=True)
 
 
-def draw(table: Mapping[str, Any], cells: Mapping[str, Any], path: Path) -> None:
+def draw(content: Mapping[str, Any], path: Path) -> None:
     """One panel a row: every seed a dot, the median a bar, the floor and the prior as lines."""
-    from mlsbi.plots.comparison import seeds as draw_seeds
-
-    figure = draw_seeds(
-        {name: {column: [cell["score"] for seed, cell in cells[name][column].items() if seed in entry["seeds"]]
-                for column in COLUMNS if column in entry} for name, entry in table.items()},
-        lines={name: {"floor": entry["reference"]["score"]["median"] if "reference" in entry else None,
-                      "prior": entry.get("prior")} for name, entry in table.items()},
-    )
-    figure.savefig(path, dpi=100)
+    table, cells = content["table"], content["cells"]
+    figure = new_figure(12.0, 2.2 * len(table))
+    grid = figure.add_gridspec(math.ceil(len(table) / 2), 2)
+    for index, (name, entry) in enumerate(table.items()):
+        axes = figure.add_subplot(grid[index // 2, index % 2])
+        shown = [column for column in COLUMNS if column in entry]
+        tops = []
+        for place, column in enumerate(reversed(shown)):
+            values = [cell["score"] for seed, cell in cells[name][column].items() if seed in entry["seeds"]]
+            middle = entry[column]["score"]["median"]
+            colour = TRUTH if column == "auto" else COLOURS[0]
+            axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.5, color=colour, clip_on=True)
+            axes.plot([middle] * 2, [place - 0.35, place + 0.35], color=colour, linewidth=2.2)
+            tops.append(middle)
+        lines = [(entry.get("prior"), "prior", ":"), (entry["target"], "target", "--")]
+        if "reference" in entry:
+            lines.append((entry["reference"]["score"]["median"], f"floor ({entry['floor']})", "-"))
+        for value, what, style in lines:
+            if value is not None:
+                axes.axvline(value, color=GREY, linestyle=style, linewidth=1.0, label=what)
+        # What is worse than the prior by far would hide all else.
+        known = [value for value, _, _ in lines if value is not None]
+        low, high = min(*known, *tops), max(tops) if entry.get("prior") is None else max(known)
+        axes.set_xlim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+        dress(axes, title=f"{name} ({len(entry['seeds'])} seeds)", grid="x",
+              x="KL, MMD or negative log density (lower is better)" if index >= len(table) - 2 else "")
+        axes.set_yticks(range(len(shown)), [column.replace("_", " ") for column in reversed(shown)])
+        add_legend(axes, loc="upper right")
+    figure.savefig(path, dpi=80)
 
 
 def jobs_of(
@@ -324,7 +345,7 @@ def main() -> None:
         return
     print(write_result(NAME, content, compact="cells"))
     docs = Path(__file__).parents[1] / "docs"
-    draw(content["table"], content["cells"], docs / "quality.png")
+    draw(content, docs / "quality.png")
 
 
 def run_all(jobs: Sequence[Any], workers: int, call: Callable[[Any], tuple[Any, ...]]) -> None:

@@ -31,7 +31,7 @@ from mlsbi.tasks import Task
 from mlsbi.tasks.toggle_switch import LARGEST
 
 PLAIN = Multilevel(align=False)
-STOPPED, FIXED = TrainingOptions(), TrainingOptions(
+STOPPED, FIXED = TrainingOptions(learning_rate=5e-4, patience=30), TrainingOptions(
     learning_rate=1e-3, batch_size=None, epochs=1000, validation_fraction=0.0,
 )
 PUBLISHED: dict[str, tuple[Multilevel, dict[str, Any]]] = {

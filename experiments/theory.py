@@ -140,7 +140,9 @@ def adjusted(seeds: list[int], rows: int, repetitions: int) -> dict[str, Any]:
         cells: dict[str, dict[str, list[float]]] = {}
         for seed in seeds:
             theta, x = simulate_level(stack, 0, 1000, seed=child_seed(seed, 1), stream=0)
-            options = TrainingOptions() if epochs is None else TrainingOptions(epochs=epochs, validation_fraction=0.0)
+            options = TrainingOptions(learning_rate=5e-4, patience=30)
+            if epochs is not None:
+                options = replace(options, epochs=epochs, validation_fraction=0.0)
             npe = NPE(stack.prior, strategy="low", training=options, seed=seed)
             npe.fit(MultilevelData.from_arrays([(theta, x)]), progress=False)
             gradients = measure(stack, Gradient(npe, "npe", most=300, seed=seed), rows=rows, seed=seed)

@@ -71,10 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--rounds", type=int, default=1, help="rounds in which a budget is spent after the pilot; before "
                      "each the variances are measured anew on all rows so far (default 1)")
     run.add_argument("--strategy", default=("multilevel",), type=_strategies,
-                     help="multilevel (default), transfer, high, low, or several to compare: multilevel,transfer,high")
+                     help="multilevel (default), transfer, transfer_then_multilevel, emulation, high, low; auto, which "
+                     "mixes them by how well they do on held-out runs; or several to compare: auto,transfer,high")
     run.add_argument("--observations", type=int, metavar="M", help="independent outputs in one observation, for nle "
                      "(default: the task's usual number, else 1)")
-    run.add_argument("--ensemble", type=int, default=10, help="networks whose mixture is the posterior (default 10)")
+    run.add_argument("--ensemble", type=int, help="networks whose mixture is the posterior (default 10; for emulation "
+                     "5, and for auto 5 of every strategy that it mixes)")
     run.add_argument("--x-o", type=Path, help="observation, .npy, .csv or text; default: the first test simulation")
     run.add_argument("--tests", type=int, help="test simulations of the highest level (tasks: up to 400; own stack: 0)")
     run.add_argument("--draws", type=int, default=2000, help="posterior draws to write (default 2000)")

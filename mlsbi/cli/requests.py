@@ -22,7 +22,7 @@ class RunRequest:
     strategies: tuple[str, ...]
     seed: int
     device: str
-    ensemble: int
+    ensemble: int | None
     out: Path
     command: str
     estimator: Literal["npe", "nle"] | None = None

@@ -55,6 +55,7 @@ __all__ = ["check_budget", "run"]
 _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
 _CHAIN_DRAWS = 199  # where draws are dear
 _LIKELIHOOD_TESTS = 100
+_ENSEMBLE = 10
 _LIKELIHOOD_ROWS = 5000
 
 
@@ -138,7 +139,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
             log_q[name] = kept[1]
             continue
         try:
-            estimator.fit(data, ensemble=request.ensemble, progress=request.progress,
+            estimator.fit(data, ensemble=_members(estimator, request), progress=request.progress,
                           checkpoint=out / name / TRAINING / digest[:16])
         except TrainingError as error:
             if len(estimators) == 1:
@@ -216,6 +217,12 @@ def _estimator(target: Target, request: RunRequest, kind: str, strategy: str) ->
     options: dict[str, Any] = {"strategy": strategy, **target.networks(kind), "training": request.training,
                                "device": request.device, "seed": child_seed(request.seed, 1)}
     return NLE(target.prior, **options) if kind == "nle" else NPE(target.prior, **options)
+
+
+def _members(estimator: NPE | NLE, request: RunRequest) -> int:
+    """Networks to train: as asked, else the strategy's usual number."""
+    usual: int = getattr(estimator.strategy, "members", _ENSEMBLE)
+    return usual if request.ensemble is None else request.ensemble
 
 
 def _infer(
@@ -480,7 +487,7 @@ def _trained(history: Any) -> dict[str, Any]:
         "best_epoch": history.best_epoch, "epochs": len(frame), "best_loss": history.best_loss,
         "stopped": history.stopped, "seconds": history.seconds, "n_train": history.n_train,
         "n_validation": history.n_validation,
-        "notes": history.notes,
+        "notes": history.notes, "mixture": history.mixture,
         **{name: float(frame[name].mean()) for name in ("projected", "cosine") if name in frame},
     }
 

@@ -313,5 +313,5 @@ class Estimator(ABC):
 
 
 def _read_history(saved: Mapping[str, Any]) -> History:
-    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes", "mixture") if name in saved))
+    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes", "labels", "mixture") if name in saved))
     return History(**{**saved, **{name: tuple(saved[name]) for name in tuples}})

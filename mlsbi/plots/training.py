@@ -3,6 +3,8 @@ r"""How a training went."""
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,7 +59,7 @@ def losses(histories: Sequence[History | pd.DataFrame], names: Sequence[str] | N
     if not frames or any(len(frame) == 0 or "loss" not in frame for frame in frames):
         raise ValueError("Expected at least one history, each with at least one epoch and a loss. Train first.")
     if any("stage" in frame for frame in frames):
-        return _draw_stages(frames, names)
+        return _draw_stages(frames, getattr(histories[0], "labels", None) or None, names)
     levels = 1 + sum(column.startswith("fine_") for column in frames[0].columns if column != "fine_0")
     labels = [f"level {level}" for level in range(levels)]
     if names is not None and levels > 1:
@@ -89,9 +91,15 @@ def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
     return history.to_frame().assign(best_epoch=history.best_epoch)
 
 
-def _draw_stages(frames: Sequence[pd.DataFrame], names: Sequence[str] | None) -> Figure:
-    """One panel a stage of transfer learning."""
+def _draw_stages(
+    frames: Sequence[pd.DataFrame], labels: Sequence[str] | None, names: Sequence[str] | None
+) -> Figure:
+    """One panel a stage, called by its label, in which levels have their names."""
     count = 1 + max(int(_column(frame, "stage").max()) for frame in frames)
+    if labels is not None:
+        for level, name in reversed(list(enumerate(names or ()))):
+            labels = [re.sub(rf"\blevel {level}$", str(name), label) for label in labels]
+        names = labels
     if names is not None and len(names) < count:
         raise ValueError(f"Expected at least {count} names, one per stage; got {len(names)}: {list(names)}.")
     columns = min(count, 3)
@@ -102,7 +110,8 @@ def _draw_stages(frames: Sequence[pd.DataFrame], names: Sequence[str] | None) ->
         axes = figure.add_subplot(rows, columns, stage + 1)
         _draw_losses(axes, [_stage(frame, stage) for frame in frames])
         name = f"level {stage}" if names is None else names[stage]
-        axes.set_title(f"Stage {stage + 1}: {name}{members}", fontsize=TITLE, color=BLACK, loc="left")
+        axes.set_title("\n".join(textwrap.wrap(f"Stage {stage + 1}: {name}{members}", 44)), fontsize=TITLE,
+                       color=BLACK, loc="left")
         if stage % columns:
             axes.set_ylabel("")
     return figure

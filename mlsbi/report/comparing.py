@@ -19,6 +19,10 @@ _WHAT = {
     "them",
     "transfer": "one network learns from the cheapest level first and goes on from there with the next, up to the "
     "finest",
+    "transfer_then_multilevel": "one network learns from the cheaper levels one after the other and then from all "
+    "levels at once",
+    "emulation": "a likelihood is learned first, by several networks, and the posterior from many draws of it",
+    "auto": "all of these but 'low', mixed by how well they predict runs of the finest level that they have not seen",
     "high": "the finest level alone, as if there were no cheaper one",
     "low": "the cheapest level alone, as if it were the finest",
 }

@@ -88,6 +88,7 @@ def _training(record: Record) -> list[str]:
     reasons = list(dict.fromkeys(_reason(str(network["stopped"])) for network in networks if network.get("stopped")))
     notes = list(dict.fromkeys(str(note) for network in networks for note in network.get("notes") or ()))
     return [
+        *_mixed(networks),
         paragraph(f"Training stopped: {'; '.join(reasons)}." if reasons else "",
                   "Epochs are counted through all stages; the best one is of the last." if staged else "",
                   "Some steps were projected because the gradient of the cheapest level and that of the correction "
@@ -96,6 +97,25 @@ def _training(record: Record) -> list[str]:
                   *(f"{note[:1].upper()}{note[1:]}." for note in notes)),
         table([*header, *(optional[key] for key in present)], rows, caption.strip()),
     ]  # fmt: skip
+
+
+def _mixed(networks: Sequence[Record]) -> list[str]:
+    """What a mixture of strategies weighted and why."""
+    mixture = networks[0].get("mixture") or []
+    if not mixture:
+        return []
+    rows: list[list[Cell]] = [
+        [str(own["strategy"]), percent(own["weight"]), give_or_take(own["held_out"], own["standard_error"]),
+         measured(sum(part["mixture"][index]["seconds"] for part in networks))]
+        for index, own in enumerate(mixture)
+    ]
+    return [
+        paragraph(f"Every network is a mixture of {number(len(mixture))} strategies, weighted by how well the mixture "
+                  "predicts runs of the finest level that its networks have not seen."),
+        table(["strategy", "weight", "its own loss on held-out rows", "seconds"], rows,
+              "The loss is in the units of standardised rows: what counts is the difference between two. A strategy "
+              "that does worse alone may still have weight, where it is right and others are not."),
+    ]
 
 
 def _losses(record: Record, path: Path) -> str:
@@ -309,7 +329,10 @@ def _staged(record: Record) -> bool:
 def _reason(stopped: str) -> str:
     """Why training stopped, once where all stages stopped alike."""
     stages = stopped.split("; then ")
-    return f"{stages[0]}, in every stage" if len(stages) > 1 and len(set(stages)) == 1 else stopped
+    different = list(dict.fromkeys(stages))
+    if len(different) == 1:
+        return f"{stages[0]}, in every stage" if len(stages) > 1 else stopped
+    return stopped if len(stages) < 4 else f"{' or '.join(different)}, stage by stage"
 
 
 def _nonzero(value: Any) -> bool:

@@ -152,6 +152,8 @@ class Emulation:
             checkpoint=last, progress=progress, label=f"{label}, {self.rows} draws",
         )
         for emulated, history, note in zip(before, after, notes, strict=True):
+            history.labels = ("draws",)
+            emulated.labels = tuple(f"emulator {label}" for label in emulated.labels)
             emulated.notes = tuple(f"emulator: {text}" for text in emulated.notes)
             history.notes = (*history.notes, note) if note else history.notes
         return [join_histories(parts) for parts in zip(before, after, strict=True)]

@@ -125,6 +125,10 @@ def _score(member: Member, networks: Sequence[ConditionalDensity]) -> Scores:
 
 def _history(names: Sequence[str], found: Sequence[History | str], stacking: Stacking) -> History:
     """One member's history: its candidates' one after the other, and what was made of them."""
+    for name, history in zip(names, found, strict=True):
+        if isinstance(history, History):
+            history.labels = tuple(f"{name}, {label}" if label else name for label in
+                                   history.labels or ("",) * len(history.stages))
     joined = join_histories([history for history in found if isinstance(history, History)])
     mixture: list[dict[str, Any]] = []
     notes = list(joined.notes)

@@ -117,14 +117,16 @@ class TransferLearning:
                         validation=[pool_levels(member.validation, levels)] if member.validation else [])
                 for member in members
             ]
+            name = f"level {levels[0]}" if len(levels) == 1 else "all levels"
             with _kept(frozen if stage else []):
                 stages.append(minimise(
                     rows, objective=Objective(), options=self._options(options, stage), pooled=pooled,
                     schedule=schedules[stage] if schedules else None,
                     checkpoint=None if checkpoint is None else checkpoint.part(str(stage)),
-                    progress=progress,
-                    label=f"{label}, level {levels[0]}" if len(levels) == 1 else f"{label}, all levels",
+                    progress=progress, label=f"{label}, {name}",
                 ))
+            for history in stages[-1]:
+                history.labels = (name,)
         return [join_histories(own) for own in zip(*stages, strict=True)]
 
     def _stages(self, levels: int) -> list[tuple[int, ...]]:

@@ -77,4 +77,6 @@ class TransferThenMultilevel:
         members = [replace(member, seed=child_seed(member.seed, len(before[0].stages))) for member in members]
         after = self.multilevel.fit(members, options=options, pooled=pooled, schedules=schedules[-1:],
                                     checkpoint=last, progress=progress, label=f"{label}, all levels")
+        for history in after:
+            history.labels = ("all levels at once",)
         return [join_histories(parts) for parts in zip(before, after, strict=True)]

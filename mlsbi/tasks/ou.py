@@ -81,8 +81,8 @@ def noise(n: int, generator: Generator) -> Tensor:
 
 
 def stationary(theta: Tensor, noise: Tensor) -> Tensor:
-    """Independent draws from the stationary law of gamma, mu and sigma at the observed points, shape `(n, 5)`."""
-    gamma, mu, sigma = theta.split(1, 1)
+    """Independent draws from the stationary law at the observed points, shape `(n, 5)`; a fourth theta is ignored."""
+    gamma, mu, sigma = theta[:, 0:1], theta[:, 1:2], theta[:, 2:3]
     return mu + sigma / torch.sqrt(2 * gamma) * noise[:, POINTS]
 
 

@@ -32,6 +32,7 @@ class History:
         n_validation: Rows held out, per term.
         stages: Best epoch of each stage, counted from the stage's first.
         notes: What was done otherwise than asked or needs saying, and what compiling brought.
+        labels: What each stage trained on, where there are several.
         mixture: Where several strategies were mixed, one record each: its name, weight, held-out score and standard
             error, last stage, and seconds.
     """
@@ -45,6 +46,7 @@ class History:
     n_validation: tuple[int, ...] = ()
     stages: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     mixture: tuple[dict[str, Any], ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
@@ -73,5 +75,6 @@ def join_histories(parts: Sequence[History]) -> History:
         n_train=tuple(n for part in parts for n in part.n_train),
         n_validation=tuple(n for part in parts for n in part.n_validation),
         stages=tuple(stages),
+        labels=tuple(label for part in parts for label in part.labels or ("",) * len(part.stages)),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )

@@ -454,7 +454,8 @@ class _Run:
                                   f"are drawn otherwise than on {self.device.type}. Go on there, or delete it to "
                                   "train from the start.")
         self.histories = [History(**{**saved, **{name: tuple(saved[name]) for name in
-                                                 ("n_train", "n_validation", "stages", "notes")}})
+                                                 ("n_train", "n_validation", "stages", "notes", "labels",
+                                                  "mixture")}})
                           for saved in told["histories"]]
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

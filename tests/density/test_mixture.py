@@ -8,8 +8,10 @@ from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.density.standardise import Standardiser
 
+GAUSSIAN = MDN(components=1, hidden=4, layers=1)
 
-def density(mean, builder=MDN(components=1, hidden=4, layers=1), seed=0, scale=2.0):
+
+def density(mean, builder=GAUSSIAN, seed=0, scale=2.0):
     """A density of two numbers given three that sits at `mean`, in standardised units."""
     scalers = Standardiser(torch.zeros(2), scale * torch.ones(2)), Standardiser(torch.zeros(3), torch.ones(3))
     with torch.random.fork_rng():

@@ -6,6 +6,7 @@ import torch
 from mlsbi import MDN, NPE, BoxPrior, Emulation, MultilevelData, SingleLevel, TrainingOptions
 from mlsbi.strategies import emulation
 from mlsbi.training.history import TrainingError
+from mlsbi.training.loop import minimise
 
 LINEAR = MDN(components=1, hidden=8, layers=1)
 BY_HIGH = ((LINEAR, SingleLevel(-1)),)
@@ -45,7 +46,6 @@ def test_it_trains_on_new_parameters_and_on_its_own_members_draws(monkeypatch):
     seen = []
     monkeypatch.setattr(emulation, "minimise", lambda members, **named: seen.append(members) or minimise(
         members, **named))
-    minimise = __import__("mlsbi.training.loop", fromlist=["minimise"]).minimise
     data = gaussian((60, 30))
     NPE(PRIOR, strategy=Emulation(BY_HIGH, rows=500), density=LINEAR, training=TrainingOptions(epochs=3), seed=0).fit(
         data, 2, progress=False)
@@ -58,8 +58,10 @@ def test_it_trains_on_new_parameters_and_on_its_own_members_draws(monkeypatch):
 
 
 def test_notes_name_the_emulators():
-    npe = NPE(PRIOR, strategy=Emulation((*BY_HIGH, ("maf", SingleLevel(0))), rows=64), density=LINEAR,
-              training=TrainingOptions(epochs=30, learning_rate=5e-3), seed=0).fit(gaussian((60, 30)), 2, progress=False)
+    strategy, training = Emulation((*BY_HIGH, ("maf", SingleLevel(0))), rows=64), TrainingOptions(epochs=30,
+                                                                                                  learning_rate=5e-3)
+    npe = NPE(PRIOR, strategy=strategy, density=LINEAR, training=training, seed=0)
+    npe.fit(gaussian((60, 30)), 2, progress=False)
     assert any(note.startswith("emulator: mixed MDN by SingleLevel") for note in npe.history.notes)
     assert len(npe.history.stages) == 3
     assert npe.history.to_frame()["stage"].unique().tolist() == [0, 1, 2]

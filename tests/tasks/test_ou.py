@@ -59,7 +59,9 @@ def test_fourth_parameter_is_the_start_which_the_low_level_ignores():
     theta = sample_prior(tasks.get("ou", parameters=4).prior, 20, seed=2)
     noise = torch.randn(20, 100, generator=torch.Generator().manual_seed(2))
     moved = theta + torch.tensor([0.0, 0.0, 0.0, 0.5])
-    assert torch.equal(stationary(theta, noise), stationary(moved, noise))
+    low = tasks.get("ou", parameters=4).stack.levels[0]
+    assert torch.equal(low.run(theta, noise), low.run(moved, noise))
+    assert torch.equal(low.run(theta, noise), stationary(theta[:, :3], noise))
     assert (euler(theta, noise)[:, 0] != euler(moved, noise)[:, 0]).all()
     two = torch.cat([theta[:, :3], torch.full((20, 1), 2.0)], 1)
     assert torch.equal(euler(two, noise), euler(theta[:, :3], noise))
