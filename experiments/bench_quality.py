@@ -81,7 +81,7 @@ ROWS = {
     "toggle_switch, 10000 500 100": Row("toggle_switch", (10_000, 500, 100), 2000),
     "camels, 20 pairs": Row("camels", (580, 20), 500, reference=600, target=-1.02),
 }
-QUICK = ("ou, 10 pairs",)
+QUICK = ("ou, 100 pairs",)
 
 
 def make_task(row: Row, data: Path | None) -> Task:
@@ -271,6 +271,20 @@ def show(table: Mapping[str, Any]) -> None:
               + " ".join(f"{'' if cell is None else f'{cell:.3f}':>13s}" for cell in cells), flush=True)
 
 
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table of the README: medians over seeds."""
+    columns = [*COLUMNS, "floor", "prior"]
+    lines = ["| row | seeds | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+             "|---" * (len(columns) + 2) + "|"]
+    for name, entry in table.items():
+        found = [entry[column]["score"]["median"] if column in entry else None for column in (*COLUMNS, "reference")]
+        found.append(entry.get("prior"))
+        digits = 3 if name.startswith(("g_and_k likelihood", "toggle")) else 2
+        lines.append(f"| {name} | {len(entry['seeds'])} | "
+                     + " | ".join("" if value is None else f"{value:.{digits}f}" for value in found) + " |")
+    return "\n".join(lines)
+
+
 def draw(content: Mapping[str, Any], path: Path) -> None:
     """One panel a row: every seed a dot, the median a bar, the floor and the prior as lines."""
     table, cells = content["table"], content["cells"]
@@ -341,6 +355,7 @@ def main() -> None:
     cells = known_cells(seeds, options.cells)
     content = gather(cells, list(QUICK) if options.quick else list(ROWS))
     show(content["table"])
+    print(markdown(content["table"]))
     if options.quick:
         return
     print(write_result(NAME, content, compact="cells"))

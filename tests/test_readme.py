@@ -1,5 +1,6 @@
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -54,41 +55,19 @@ def row_of(start):
     return next(line for line in README.splitlines() if line.startswith(f"| {start}")).strip("| ").split(" | ")
 
 
-@pytest.mark.parametrize("strategy", ["multilevel", "transfer", "high", "low"])
-def test_camels_numbers_are_the_measured_ones(strategy):
-    measured = result("camels_strategies")
-    score, found = measured["nlpd"][strategy], measured["coverage_90"][strategy]["mean"]
-    expected = [f"{score['mean']:.3f}", f"{score['standard_error']:.3f}", f"{score['median']:.3f}", f"{found:.0%}"]
-    assert row_of(f"`{strategy}`")[1:] == expected
+def test_quality_numbers_are_the_measured_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import bench_quality
 
-
-def test_the_claim_about_camels_is_the_measured_one():
-    measured = result("camels_strategies")
-    difference = measured["paired_differences"]["multilevel - high"]
-    assert f"{-difference['mean']:.3f} +- {difference['standard_error']:.3f}" in README
-    assert -difference["mean"] > 2 * difference["standard_error"]
-    assert measured["nlpd"]["multilevel"]["mean"] < measured["prior_nlpd"]
-    alarms = sum(cell["uniformity_p"] < 0.01 for cell in measured["cells"]["multilevel"])
-    assert f"in {alarms} of {len(measured['seeds'])} seeds" in README
-
-
-@pytest.mark.parametrize(("strategy", "start"), [
-    ("multilevel", "`multilevel` |"), ("transfer", "`transfer` |"), ("high", "`high`, the pairs'"),
-    ("low", "`low`, the Taylor"), ("multilevel, rescale + project", "`Multilevel(rescale=True"),
-])
-def test_likelihood_numbers_are_the_measured_ones(strategy, start):
-    measured = result("g_and_k_likelihood")["kld"]
-    lines = README[README.index("On `g_and_k`, a neural likelihood"):].splitlines()
-    row = next(line for line in lines if line.startswith(f"| {start}")).strip("| ").split(" | ")
-    expected = [measured[pairs][strategy] for pairs in ("50", "300")]
-    assert row[1:] == [f"{score['mean']:.3f} +- {score['standard_error']:.3f}" for score in expected]
-
-
-def test_multilevel_likelihoods_are_better_by_more_than_two_standard_errors():
-    for differences in result("g_and_k_likelihood")["paired_differences"].values():
-        for other in ("transfer", "high", "low"):
-            difference = differences[f"multilevel - {other}"]
-            assert difference["mean"] < -2 * difference["standard_error"]
+    measured = result("bench_quality")
+    assert measured["method"] == bench_quality.METHOD
+    assert bench_quality.markdown(measured["table"]) in README
+    for name, entry in measured["table"].items():
+        cells = measured["cells"][name]
+        for column in bench_quality.COLUMNS:
+            if column in entry:
+                scores = [cells[column][str(seed)]["score"] for seed in entry["seeds"]]
+                assert entry[column]["score"]["median"] == pytest.approx(statistics.median(scores))
 
 
 def test_recovery_of_the_closed_form_is_as_measured():

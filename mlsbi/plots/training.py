@@ -110,7 +110,7 @@ def _draw_stages(
         axes = figure.add_subplot(rows, columns, stage + 1)
         _draw_losses(axes, [_stage(frame, stage) for frame in frames])
         name = f"level {stage}" if names is None else names[stage]
-        axes.set_title("\n".join(textwrap.wrap(f"Stage {stage + 1}: {name}{members}", 44)), fontsize=TITLE,
+        axes.set_title("\n".join(textwrap.wrap(f"Stage {stage + 1}: {name}{members}", 36)), fontsize=TITLE,
                        color=BLACK, loc="left")
         if stage % columns:
             axes.set_ylabel("")

@@ -196,3 +196,16 @@ def test_bad_numbers():
         TransferLearning(patience=0)
     with pytest.raises(ValueError, match="whole number of epochs as patience"):
         TransferLearning(patience=(30, 2.5))
+
+
+def test_joint_training_begins_with_every_output_of_all_levels(stages):
+    data = data_of(3, (60, 30, 20))
+    npe = NPE(PRIOR, strategy=TransferLearning(joint=True), density=SMALL, training=QUICK, seed=1)
+    npe.fit(data, progress=False)
+    assert [len(call["train"][0]) + len(call["validation"][0]) for call in stages] == [90 + 50 + 20, 20]
+    assert npe.history.labels == ("all levels", "level 2")
+    only = TransferLearning(joint=True, fine_tune=False)
+    assert only.runs((60, 30, 20)) == TransferLearning().runs((60, 30, 20))
+    stages.clear()
+    NPE(PRIOR, strategy=only, density=SMALL, training=QUICK, seed=1).fit(data, progress=False)
+    assert len(stages) == 1
