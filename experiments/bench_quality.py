@@ -309,12 +309,13 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 axes.axvline(value, color=GREY, linestyle=style, linewidth=1.0, label=what)
         # What is worse than the prior by far would hide all else.
         known = [value for value, _, _ in lines if value is not None]
-        low, high = min(*known, *tops), max(tops) if entry.get("prior") is None else max(known)
-        axes.set_xlim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+        low = min(*known, *tops)
+        high = max(tops) if entry.get("prior") is None else min(max(*known, *tops), low + 1.5 * (max(known) - low))
+        axes.set_xlim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         dress(axes, title=f"{name} ({len(entry['seeds'])} seeds)", grid="x",
               x="KL, MMD or negative log density (lower is better)" if index >= len(table) - 2 else "")
         axes.set_yticks(range(len(shown)), [column.replace("_", " ") for column in reversed(shown)])
-        add_legend(axes, loc="upper right")
+        add_legend(axes, loc="lower right")
     figure.savefig(path, dpi=80)
 
 

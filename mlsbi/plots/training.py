@@ -59,7 +59,8 @@ def losses(histories: Sequence[History | pd.DataFrame], names: Sequence[str] | N
     if not frames or any(len(frame) == 0 or "loss" not in frame for frame in frames):
         raise ValueError("Expected at least one history, each with at least one epoch and a loss. Train first.")
     if any("stage" in frame for frame in frames):
-        return _draw_stages(frames, getattr(histories[0], "labels", None) or None, names)
+        labels = getattr(histories[0], "labels", ())
+        return _draw_stages(frames, labels if any(labels) else None, names)
     levels = 1 + sum(column.startswith("fine_") for column in frames[0].columns if column != "fine_0")
     labels = [f"level {level}" for level in range(levels)]
     if names is not None and levels > 1:

@@ -69,19 +69,23 @@ def _training(record: Record) -> list[str]:
     networks = record.get("training") or []
     if not networks:
         return [paragraph("No training was recorded.")]
-    header = ["network", "epochs", "best epoch", "held-out loss", "rows trained on", "rows held out", "seconds"]
+    mixed = bool(networks[0].get("mixture"))  # then there is one best epoch a strategy, and rows of each of its stages
+    header = ["network", "epochs", *([] if mixed else ["best epoch"]), "held-out loss",
+              *([] if mixed else ["rows trained on", "rows held out"]), "seconds"]
     # Gradients of terms are compared only where a loss has several, and not if one was always zero.
     optional = {"projected": "steps projected", "cosine": "mean cosine"}
     present = [key for key in optional if any(_nonzero(network.get(key)) for network in networks)]
     rows: list[list[Cell]] = []
     for index, network in enumerate(networks, start=1):
-        row: list[Cell] = [str(index), network["epochs"], network["best_epoch"], measured(network["best_loss"])]
-        row += [joined(network["n_train"]), joined(network["n_validation"]), measured(network.get("seconds"))]
+        row: list[Cell] = [str(index), network["epochs"], *([] if mixed else [network["best_epoch"]])]
+        row += [measured(network["best_loss"]), *([] if mixed else [joined(network["n_train"]),
+                                                                    joined(network["n_validation"])])]
+        row.append(measured(network.get("seconds")))
         rows.append([*row, *(percent(network.get(key)) if key == "projected" else measured(network.get(key))
                              for key in present)])
     staged = _staged(record)
     caption = f"Rows {'of each stage' if staged else 'per level'}, cheapest first." \
-        if any(len(network["n_train"]) > 1 for network in networks) else ""
+        if any(len(network["n_train"]) > 1 for network in networks) and not mixed else ""
     if "cosine" in present:
         caption += " The cosine is that of the angle between the gradients of the cheapest level and of the " \
                    "correction; below 0 they pull against each other."
@@ -90,7 +94,8 @@ def _training(record: Record) -> list[str]:
     return [
         *_mixed(networks),
         paragraph(f"Training stopped: {'; '.join(reasons)}." if reasons else "",
-                  "Epochs are counted through all stages; the best one is of the last." if staged else "",
+                  "Epochs are counted through all stages; the best one is of the last." if staged and not mixed
+                  else "",
                   "Some steps were projected because the gradient of the cheapest level and that of the correction "
                   "pulled against each other; such a step is no longer an unbiased estimate of the gradient."
                   if "projected" in present else "",

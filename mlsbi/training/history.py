@@ -65,7 +65,7 @@ def join_histories(parts: Sequence[History]) -> History:
     stages: list[int] = []
     for part in parts:
         epochs += [{**record, "stage": record.get("stage", 0.0) + len(stages)} for record in part.epochs]
-        stages += part.stages
+        stages += part.stages or (part.best_epoch,)
     return History(
         epochs=epochs,
         best_epoch=len(epochs) - len(parts[-1].epochs) + parts[-1].best_epoch,
@@ -75,6 +75,6 @@ def join_histories(parts: Sequence[History]) -> History:
         n_train=tuple(n for part in parts for n in part.n_train),
         n_validation=tuple(n for part in parts for n in part.n_validation),
         stages=tuple(stages),
-        labels=tuple(label for part in parts for label in part.labels or ("",) * len(part.stages)),
+        labels=tuple(label for part in parts for label in part.labels or ("",) * max(len(part.stages), 1)),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )

@@ -50,6 +50,19 @@ def run_folder(tmp_path_factory):
     return out
 
 
+def test_auto_runs_and_its_report_says_what_it_weighted(tmp_path):
+    (tmp_path / "mine.py").write_text(STACK)
+    out = tmp_path / "out"
+    assert main(["run", f"{tmp_path}/mine.py:stack", "--n", "60,20", "--strategy", "auto", "--tests", "10", "--draws",
+                 "50", "--out", str(out), "--quiet", "--ensemble", "2"]) == 0
+    network = only(read_results(out))["training"][0]
+    assert {part["strategy"] for part in network["mixture"]} >= {"Emulation", "TransferLearning", "Multilevel"}
+    assert sum(part["weight"] for part in network["mixture"]) == pytest.approx(1.0)
+    assert "Every network is a mixture of 5 strategies" in (out / "report.html").read_text()
+    assert (out / "figures/losses.png").is_file()
+    assert mlsbi.load(out / "auto/model").networks[0].weights.sum() == pytest.approx(1.0)
+
+
 def test_run_leaves_everything(run_folder):
     results = read_results(run_folder)
     assert results["spent"]["n"] == [200, 20]

@@ -419,6 +419,16 @@ class TestStages:
             for line in axes.lines[:2]:  # not joined to the other stage's
                 np.testing.assert_array_equal(line.get_xdata(), np.arange(epochs))
 
+    def test_stages_are_called_by_their_labels_in_which_levels_have_their_names(self):
+        history = make_stages(2)
+        history.labels = ("level 0", "Auto, level 1")
+        first, second = plots.losses([history], ["cheap", "dear"]).axes
+        assert first.get_title("left") == "Stage 1: cheap"
+        assert second.get_title("left") == "Stage 2: Auto, dear"
+        history.labels = ("all levels at once", "level 1")
+        assert [axes.get_title("left") for axes in plots.losses([history]).axes] == [
+            "Stage 1: all levels at once", "Stage 2: level 1"]
+
     def test_only_the_last_stage_marks_its_best_epoch(self):
         marks = [[line for line in axes.lines if line.get_label() == "weights kept"]
                  for axes in plots.losses([make_stages(2)]).axes]

@@ -395,6 +395,22 @@ def test_notes_of_a_training_are_told_once(tmp_path):
     assert "Training stopped" in Reader(write(tmp_path, results)).text
 
 
+def test_a_mixture_says_what_it_weighted_and_leaves_out_what_would_not_fit(tmp_path):
+    mixture = [{"strategy": name, "weight": weight, "held_out": loss, "standard_error": 0.1, "stages": [0, 1],
+                "seconds": 2.0} for name, weight, loss in (("Emulation", 0.75, 2.9), ("TransferLearning", 0.25, 3.2))]
+    training = make_training(mixture=mixture, notes=["mixed Emulation 75%, TransferLearning 25%, for the best score"],
+                             stopped="; then ".join(["no better held-out loss for 20 epochs"] * 4))
+    results = make_results()
+    results["strategies"] = [make_record("auto", training=[training] * 2)]
+    text = Reader(write(tmp_path, results)).text
+    assert "a mixture of 2 strategies" in text
+    found = text[text.index("a mixture of 2 strategies"):]
+    assert found.index("Emulation") < found.index("75%") < found.index("TransferLearning") < found.index("25%")
+    assert "Mixed Emulation 75%" in text
+    assert "no better held-out loss for 20 epochs, in every stage" in text
+    assert "rows trained on" not in text
+
+
 def test_likelihoods_say_how_their_chains_went(tmp_path):
     results = make_likelihood()
     page = Reader(write(tmp_path, results))
