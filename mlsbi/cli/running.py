@@ -182,8 +182,9 @@ def _digest(data: MultilevelData, tests: _Tests | None, observed: Tensor | None)
 
 def _check_strategies(estimators: Mapping[str, NPE | NLE], levels: int) -> None:
     """Raises a `ValueError` if a strategy cannot use data of so many levels."""
-    rows = [Term(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1) if level else None) for level in range(levels)]
     for name, estimator in estimators.items():
+        rows = [Term(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1) if level else None,
+                     of_outputs=isinstance(estimator, NLE)) for level in range(levels)]
         if estimator.strategy is not None:
             try:
                 estimator.strategy.terms(rows)

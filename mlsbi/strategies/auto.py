@@ -107,8 +107,8 @@ class Auto:
         check_held_out(members, "Auto")
         networks = [_mixture(member) for member in members]
         chosen = self.chosen(members[0].train)
-        candidates = [Candidate(_name(strategy), strategy, [copy.deepcopy(network.part(0)) for network in networks])
-                      for strategy in chosen]
+        candidates = [Candidate(name, strategy, [copy.deepcopy(network.part(0)) for network in networks])
+                      for name, strategy in zip(_names(chosen), chosen, strict=True)]
         mixtures, histories = mix_candidates(candidates, members, options=options, checkpoint=checkpoint,
                                              progress=progress, label=label)
         for network, mixture in zip(networks, mixtures, strict=True):
@@ -123,5 +123,7 @@ def _mixture(member: Member) -> DensityMixture:
     return network
 
 
-def _name(strategy: Strategy) -> str:
-    return type(strategy).__name__
+def _names(strategies: Sequence[Strategy]) -> list[str]:
+    """What histories call them: their kinds, with all options where two are of one kind."""
+    kinds = [type(strategy).__name__ for strategy in strategies]
+    return [kind if kinds.count(kind) == 1 else str(strategy) for kind, strategy in zip(kinds, strategies, strict=True)]

@@ -368,6 +368,7 @@ def test_tasks_lists_all(capsys, monkeypatch):
         (["run", "ou", "--option", "speed=7"], "takes the options"),
         (["run", "ou", "--x-o", "nowhere.npy"], "no observation file"),
         (["run", "ou", "--ensemble", "0"], "--ensemble of at least 1"),
+        (["run", "g_and_k", "--n", "60,20", "--strategy", "emulation"], "NLE learns the likelihood"),
         (["run", "ou", "--tests", "-1"], "--tests of at least 0"),
         (["run", "nowhere.py:stack"], "There is no file"),
         (["run", "nowhere.py"], "path/to/file.py:name"),

@@ -104,6 +104,12 @@ def test_default_candidates_depend_on_what_is_learned(kind, expected):
         assert fitted.likelihood.sample(THETA, seed=0).shape == (2, 2)
 
 
+def test_two_candidates_of_one_kind_are_told_apart():
+    fitted = fit(Auto((SingleLevel(0), SingleLevel(-1), Multilevel())), options=TrainingOptions(epochs=2), ensemble=2)
+    assert [part["strategy"] for part in fitted.history.mixture] == [
+        "SingleLevel(level=0)", "SingleLevel(level=-1)", "Multilevel"]
+
+
 def test_one_level_and_long_outputs_leave_candidates_out():
     one = MultilevelData.from_arrays([(make_data().levels[0].theta, make_data().levels[0].fine)])
     fitted = fit("auto", one, options=TrainingOptions(epochs=2), ensemble=2)
