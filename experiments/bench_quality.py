@@ -140,7 +140,7 @@ def auto_cells(row: Row, task: Task, seed: int) -> dict[str, dict[str, Any]]:
     fitted = estimator(task, Auto(), seed).fit(task.simulate(row.n, seed), progress=False)
     mixed, whole = fitted.history.mixture, fitted.networks
     seconds = sum(history.seconds for history in fitted.histories)
-    cells = {"auto": {**score(fitted, task, seed), "seconds": seconds, "notes": list(fitted.history.notes),
+    cells = {"auto": {**score(fitted, task, seed), "seconds": seconds,
                       "weights": {PARTS[part["strategy"]]: round(part["weight"], 4) for part in mixed}}}
     for index, part in enumerate(mixed):
         # An ensemble of this strategy alone, which is what these networks are.
@@ -224,6 +224,12 @@ def known_cells(seeds: Sequence[int], folder: Path) -> dict[tuple[str, int, str]
     return found
 
 
+def rounded(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell as it is kept: six digits are more than its noise."""
+    return {quantity: float(f"{value:.6g}") if isinstance(value, float) else value
+            for quantity, value in cell.items() if quantity != "notes"}
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median over seeds and its spread."""
     low, high = (float(np.quantile(values, share)) for share in (0.25, 0.75))
@@ -237,7 +243,7 @@ def gather(cells: Mapping[tuple[str, int, str], dict[str, Any]], names: Sequence
     table: dict[str, Any] = {}
     raw: dict[str, Any] = {}
     for name in names:
-        own = {strategy: {seed: cell for (row, seed, who), cell in sorted(cells.items()) if row == name
+        own = {strategy: {seed: rounded(cell) for (row, seed, who), cell in sorted(cells.items()) if row == name
                           and who == strategy} for strategy in (*COLUMNS, "reference")}
         own = {strategy: found for strategy, found in own.items() if found}
         if not own:
