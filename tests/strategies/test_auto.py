@@ -77,9 +77,9 @@ def test_weights_follow_what_rows_of_the_finest_level_say():
     assert weights[0] > 0.9
     assert sum(weights) == pytest.approx(1.0)
     told = npe.history.mixture[0]
-    assert told["strategy"] == "SingleLevel"
+    assert told["strategy"] == "SingleLevel(level=-1)"
     assert told["held_out"] < npe.history.mixture[1]["held_out"]
-    assert any("mixed SingleLevel 9" in note and "40 held-out rows" in note for note in npe.history.notes)
+    assert any("mixed SingleLevel(level=-1) 9" in note and "40 held-out rows" in note for note in npe.history.notes)
     for network in npe.networks:
         assert isinstance(network, DensityMixture)
         assert network.weights.tolist() == pytest.approx(weights)
