@@ -26,6 +26,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -47,11 +48,12 @@ from mlsbi.plots.style import COLOURS, GREY, TRUTH, add_legend, dress, new_figur
 from mlsbi.tasks import Task
 from mlsbi.tasks.toggle_switch import LARGEST
 
-METHOD = 1
+METHOD = {"published": 1, "reference": 1, "auto": 1}  # and what `Auto` mixes goes with it
 NAME = "bench_quality"
 TEST_ROWS, LIKELIHOOD_ROWS, THETAS, DRAWS = 1000, 20_000, 200, 500
 CALIBRATED, REGION_DRAWS = 250, 99
 REFERENCE_SEEDS = 3  # of large trainings, which take long and differ little
+TOGETHER = 10  # seeds of the published recipe in one go
 COLUMNS = ("published", "high", "multilevel", "transfer", "transfer_then_multilevel", "emulation", "auto")
 PARTS = {"Multilevel": "multilevel", "TransferLearning": "transfer", "SingleLevel": "high",
          "TransferThenMultilevel": "transfer_then_multilevel", "Emulation": "emulation"}
@@ -151,12 +153,15 @@ def auto_cells(row: Row, task: Task, seed: int) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def published_cell(row: Row, task: Task, seed: int) -> dict[str, Any]:
-    """The published recipe on the same rows."""
+def published_cells(row: Row, task: Task, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The published recipe on the same rows, of several seeds in one go."""
     training = TrainingOptions(learning_rate=1e-4, batch_size=None, epochs=row.epochs, validation_fraction=0.0)
     strategy = Multilevel(rescale=True, project=True, align=False)
-    fitted = estimator(task, strategy, seed, training).fit(task.simulate(row.n, seed), progress=False)
-    return {**score(fitted, task, seed), "seconds": fitted.history.seconds}
+    fitted = [estimator(task, strategy, seed, training) for seed in seeds]
+    began = time.perf_counter()
+    type(fitted[0]).fit_replicates(fitted, [task.simulate(row.n, seed) for seed in seeds], progress=False)
+    seconds = (time.perf_counter() - began) / len(seeds)
+    return {seed: {**score(one, task, seed), "seconds": seconds} for seed, one in zip(seeds, fitted, strict=True)}
 
 
 def reference_cell(row: Row, task: Task, seed: int) -> dict[str, Any]:
@@ -183,22 +188,28 @@ def prior_score(task: Task, seed: int) -> float | None:
     return -float(task.prior.log_prob(theta).double().mean())
 
 
-def run_job(name: str, seed: int, what: str, data: Path | None, folder: Path) -> str:
-    """Computes and keeps the cells of one (row, seed)."""
+def run_job(name: str, seeds: Sequence[int], what: str, data: Path | None, folder: Path) -> str:
+    """Computes and keeps cells of one row and of one seed, or of several that are trained together."""
     torch.set_num_threads(1)
     row = ROWS[name]
     task = make_task(row, data)
-    if what == "auto":
-        found = auto_cells(row, task, seed)
-    elif what == "published":
-        found = {"published": published_cell(row, task, seed)}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    if what == "published":
+        found = {(seed, what): cell for seed, cell in published_cells(row, task, seeds).items()}
+    elif what == "reference":
+        found = {(seed, what): {**reference_cell(row, task, seed), "prior": prior_score(task, seed)} for seed in seeds}
     else:
-        found = {"reference": {**reference_cell(row, task, seed), "prior": prior_score(task, seed)}}
-    where = {key: value for key, value in provenance().items() if key in ("commit", "versions")}
-    for strategy, cell in found.items():
-        keep_cell(folder, key(name, seed, strategy), METHOD, {**cell, "commit": where["commit"][:10]})
-    told = "  ".join(f"{strategy} {cell['score']:.3f}" for strategy, cell in found.items())
-    return f"{name}, seed {seed}: {told}"
+        for seed in seeds:
+            found |= {(seed, strategy): cell for strategy, cell in auto_cells(row, task, seed).items()}
+    commit = provenance()["commit"][:10]
+    for (seed, strategy), cell in found.items():
+        keep_cell(folder, key(name, seed, strategy), method(strategy), {**cell, "commit": commit})
+    return "\n".join(f"{name}, seed {seed}: {strategy} {cell['score']:.3f}" for (seed, strategy), cell in found.items())
+
+
+def method(strategy: str) -> int:
+    """Version of what a column measures."""
+    return METHOD.get(strategy, METHOD["auto"])
 
 
 def key(name: str, seed: int, strategy: str) -> str:
@@ -211,14 +222,14 @@ def known_cells(seeds: Sequence[int], folder: Path) -> dict[tuple[str, int, str]
     found = {}
     path = RESULTS / f"{NAME}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
-    if kept.get("method") == METHOD:
-        for name, by_strategy in kept["cells"].items():
-            for strategy, cells in by_strategy.items():
+    for name, by_strategy in kept.get("cells", {}).items():
+        for strategy, cells in by_strategy.items():
+            if kept["method"][strategy] == method(strategy):
                 found |= {(name, int(seed), strategy): cell for seed, cell in cells.items()}
     for name in ROWS:
         for seed in seeds:
             for strategy in (*COLUMNS, "reference"):
-                cell = read_cell(folder, key(name, seed, strategy), METHOD)
+                cell = read_cell(folder, key(name, seed, strategy), method(strategy))
                 if cell is not None:
                     found[name, seed, strategy] = cell
     return found
@@ -264,7 +275,7 @@ def gather(cells: Mapping[tuple[str, int, str], dict[str, Any]], names: Sequence
             first = next(iter(own["reference"].values()))
             entry["floor"], entry["prior"] = first.get("kind"), first.get("prior")
         table[name] = entry
-    return {"method": METHOD, "columns": COLUMNS, "table": table, "cells": raw}
+    return {"method": {strategy: method(strategy) for strategy in (*COLUMNS, "reference")}, "columns": COLUMNS, "table": table, "cells": raw}
 
 
 def show(table: Mapping[str, Any]) -> None:
@@ -327,14 +338,16 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
 def jobs_of(
     names: Sequence[str], seeds: Sequence[int], known: Mapping[tuple[str, int, str], Any], first: int
-) -> list[tuple[str, int, str]]:
-    """What is missing: seed by seed, so that whatever is done is of all rows."""
-    jobs = []
+) -> list[tuple[str, Sequence[int], str]]:
+    """What is missing: the published recipe's seeds together, then seed by seed, so that what is done is of all rows."""
+    jobs: list[tuple[str, Sequence[int], str]] = []
+    for name in names:
+        missing = [seed for seed in seeds if (name, seed, "published") not in known]
+        jobs += [(name, missing[at: at + TOGETHER], "published") for at in range(0, len(missing), TOGETHER)]
     for seed in seeds:
-        for name in names:
-            jobs += [(name, seed, what) for what in ("auto", "published") if (name, seed, what) not in known]
-            if seed < first + REFERENCE_SEEDS and (name, seed, "reference") not in known:
-                jobs.append((name, seed, "reference"))
+        jobs += [(name, (seed,), "auto") for name in names if (name, seed, "auto") not in known]
+        jobs += [(name, (seed,), "reference") for name in names
+                 if seed < first + REFERENCE_SEEDS and (name, seed, "reference") not in known]
     return jobs
 
 
@@ -343,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first", type=int, default=100, help="first seed; hyper-parameters were chosen from 9000 on")
+    parser.add_argument("--only", choices=["published", "auto", "reference"], help="only these jobs")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), help="only these rows")
     parser.add_argument("--data", type=Path, help="folder of the CAMELS spectra; without it that row is left out")
     parser.add_argument("--workers", type=int, default=1)
@@ -357,6 +371,7 @@ def main() -> None:
         names, seeds = list(QUICK), seeds[:1]
     known = known_cells(seeds, options.cells)
     jobs = [] if options.gather else jobs_of(names, seeds, known, options.first)
+    jobs = [job for job in jobs if options.only in (None, job[2])]
     print(f"{len(jobs)} jobs to run, {len(known)} cells known", flush=True)
     run_all(jobs, options.workers, lambda job: (run_job, *job, options.data, options.cells))
     cells = known_cells(seeds, options.cells)
