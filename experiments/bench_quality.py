@@ -48,15 +48,16 @@ from mlsbi.plots.style import COLOURS, GREY, TRUTH, add_legend, dress, new_figur
 from mlsbi.tasks import Task
 from mlsbi.tasks.toggle_switch import LARGEST
 
-METHOD = {"published": 1, "reference": 1, "auto": 1}  # and what `Auto` mixes goes with it
+METHOD = {"published": 1, "reference": 1, "auto": 2}  # and what `Auto` mixes goes with it
 NAME = "bench_quality"
 TEST_ROWS, LIKELIHOOD_ROWS, THETAS, DRAWS = 1000, 20_000, 200, 500
 CALIBRATED, REGION_DRAWS = 250, 99
 REFERENCE_SEEDS = 3  # of large trainings, which take long and differ little
 TOGETHER = 10  # seeds of the published recipe in one go
-COLUMNS = ("published", "high", "multilevel", "transfer", "transfer_then_multilevel", "emulation", "auto")
+COLUMNS = ("published", "high", "multilevel", "transfer", "transfer_then_multilevel", "translation", "emulation",
+           "auto")
 PARTS = {"Multilevel": "multilevel", "TransferLearning": "transfer", "SingleLevel": "high",
-         "TransferThenMultilevel": "transfer_then_multilevel", "Emulation": "emulation"}
+         "TransferThenMultilevel": "transfer_then_multilevel", "Translation": "translation", "Emulation": "emulation"}
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,8 @@ def gather(cells: Mapping[tuple[str, int, str], dict[str, Any]], names: Sequence
             first = next(iter(own["reference"].values()))
             entry["floor"], entry["prior"] = first.get("kind"), first.get("prior")
         table[name] = entry
-    return {"method": {strategy: method(strategy) for strategy in (*COLUMNS, "reference")}, "columns": COLUMNS, "table": table, "cells": raw}
+    methods = {strategy: method(strategy) for strategy in (*COLUMNS, "reference")}
+    return {"method": methods, "columns": COLUMNS, "table": table, "cells": raw}
 
 
 def show(table: Mapping[str, Any]) -> None:
@@ -339,7 +341,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 def jobs_of(
     names: Sequence[str], seeds: Sequence[int], known: Mapping[tuple[str, int, str], Any], first: int
 ) -> list[tuple[str, Sequence[int], str]]:
-    """What is missing: the published recipe's seeds together, then seed by seed, so that what is done is of all rows."""
+    """What is missing: the published recipe's seeds together, then seed by seed, so that all rows have as many."""
     jobs: list[tuple[str, Sequence[int], str]] = []
     for name in names:
         missing = [seed for seed in seeds if (name, seed, "published") not in known]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlsbi.strategies.single_level import SingleLevel
     from mlsbi.strategies.transfer import TransferLearning
     from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
+    from mlsbi.strategies.translation import Translation
     from mlsbi.training.options import TrainingOptions
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ _HOMES = {
     "SingleLevel": "strategies.single_level",
     "TransferLearning": "strategies.transfer",
     "TransferThenMultilevel": "strategies.transfer_then_multilevel",
+    "Translation": "strategies.translation",
     "TrainingOptions": "training.options",
 }
 _MODULES = ("diagnostics", "plots", "tasks")
@@ -95,9 +97,9 @@ __all__ = [  # noqa: PLE0604
     "MAF", "MDN", "NLE", "NPE", "NSF", "AdaptiveCampaign", "Allocation", "Auto", "BoxPrior", "CNNEmbedding",
     "DirectPosterior", "Emulation", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior",
     "MLPEmbedding", "Multilevel", "MultilevelData", "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel",
-    "Store", "StoreError", "TrainingOptions", "TransferLearning", "TransferThenMultilevel", "accept_code", "command",
-    "diagnostics", "error_curves", "export_store", "load", "merge_stores", "open_store", "optimal_allocation",
-    "per_sample", "pilot", "plots", "simulate", "simulate_adaptively", "tasks",
+    "Store", "StoreError", "TrainingOptions", "TransferLearning", "TransferThenMultilevel", "Translation",
+    "accept_code", "command", "diagnostics", "error_curves", "export_store", "load", "merge_stores", "open_store",
+    "optimal_allocation", "per_sample", "pilot", "plots", "simulate", "simulate_adaptively", "tasks",
 ]
 
 

@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--rounds", type=int, default=1, help="rounds in which a budget is spent after the pilot; before "
                      "each the variances are measured anew on all rows so far (default 1)")
     run.add_argument("--strategy", default=("multilevel",), type=_strategies,
-                     help="multilevel (default), transfer, transfer_then_multilevel, emulation, high, low; auto, which "
-                     "mixes them by how well they do on held-out runs; or several to compare: auto,transfer,high")
+                     help="multilevel (default), transfer, transfer_then_multilevel, translation, emulation, high, "
+                     "low; auto, which mixes them by how well they do on held-out runs; or several to compare: "
+                     "auto,transfer,high")
     run.add_argument("--observations", type=int, metavar="M", help="independent outputs in one observation, for nle "
                      "(default: the task's usual number, else 1)")
     run.add_argument("--ensemble", type=int, help="networks whose mixture is the posterior (default 10; for emulation "

@@ -34,12 +34,21 @@ class FlowDensity(nn.Module):
     def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
         """Log density of `input` (n, dim) given `condition` (n, condition_dim), shape `(n,)`."""
         # Not `Flow.log_prob`, which adds in place and looks at its inputs.
+        noise, log_det = self._to_noise(input, condition)
+        return log_det - 0.5 * math.log(2 * math.pi) * len(noise) - 0.5 * noise.square().sum(0)
+
+    def noise(self, input: Tensor, condition: Tensor) -> Tensor:
+        """Standard normal noise `(n, dim)` that the flow turns into `input` (n, dim) given `condition`."""
+        return self._to_noise(input, condition)[0].T
+
+    def _to_noise(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of noise `(dim, n)` and log determinants `(n,)`."""
         x, condition = input.T, condition.T.contiguous()
-        log_det = -0.5 * math.log(2 * math.pi) * len(x)
+        log_det = x.new_zeros(x.shape[1])
         for layer in self.flow._transform._transforms:
             x, log_slope = layer.columns(x, condition)
             log_det = log_det + log_slope
-        return log_det - 0.5 * x.square().sum(0)
+        return x, log_det
 
     def sample(self, n: int, condition: Tensor) -> Tensor:
         """Draws `(n, B, dim)` given `condition` (B, condition_dim), from torch's global random state."""

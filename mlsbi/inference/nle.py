@@ -22,7 +22,7 @@ class NLE(Estimator):
     Args:
         prior: Distribution of theta; chains run in unbounded space, so they never leave the support.
         strategy: A strategy, or one of `"multilevel"`, `"transfer"`, `"transfer_then_multilevel"`,
-            `"high"`, `"low"`, and `"auto"`, which mixes them.
+            `"translation"`, `"high"`, `"low"`, and `"auto"`, which mixes them.
         density: A density name or builder, such as `NSF(transforms=3)`: `"nsf"`, `"maf"`, `"mdn"`.
         embedding: What reads theta, where it is more than a few numbers; see `NPE`.
         x_transform: `"asinh"` where outputs have heavy tails.

@@ -18,7 +18,7 @@ class NPE(Estimator):
     Args:
         prior: Distribution of theta; the density lives in unbounded space, so it never leaves the support.
         strategy: A strategy, or one of `"multilevel"`, `"transfer"`, `"transfer_then_multilevel"`,
-            `"emulation"`, `"high"`, `"low"`, and `"auto"`, which mixes them.
+            `"translation"`, `"emulation"`, `"high"`, `"low"`, and `"auto"`, which mixes them.
         density: A density name or builder, such as `NSF(transforms=3)`: `"nsf"`, `"maf"`, `"mdn"`.
         embedding: What turns standardised x `(n, ...)` into vectors `(n, k)` and is trained with the density: `"mlp"`,
             `"cnn"`, `"set"`, a builder such as `SetEmbedding(features=8)`, or a torch module, of which a copy is

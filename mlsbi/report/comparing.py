@@ -21,8 +21,10 @@ _WHAT = {
     "finest",
     "transfer_then_multilevel": "one network learns from the cheaper levels one after the other and then from all "
     "levels at once",
+    "translation": "outputs of the cheap levels are translated into the finest level's, by what pairs of runs share, "
+    "and one network learns from all of them",
     "emulation": "a likelihood is learned first, by several networks, and the posterior from many draws of it",
-    "auto": "all of these but 'low', mixed by how well they predict runs of the finest level that they have not seen",
+    "auto": "most of these, mixed by how well they predict runs of the finest level that they have not seen",
     "high": "the finest level alone, as if there were no cheaper one",
     "low": "the cheapest level alone, as if it were the finest",
 }

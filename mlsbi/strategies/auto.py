@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 from mlsbi.data import count_runs
 from mlsbi.density.mixture import DensityMixture
-from mlsbi.strategies.emulation import MOST_OUTPUTS, Emulation
+from mlsbi.strategies.emulation import Emulation
 from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
+from mlsbi.strategies.translation import Translation
+from mlsbi.strategies.turning import MOST_OUTPUTS
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History
 from mlsbi.training.members import Member, Schedule
@@ -35,7 +37,8 @@ class Auto:
 
     Args:
         candidates: Strategies to mix. When left out: multilevel, transfer learning, one after the other, the finest
-            level alone and, for posteriors of outputs of up to 64 numbers, emulation; with one level, that alone.
+            level alone and, for outputs of up to 64 numbers, emulation of a posterior and translation for a likelihood;
+            with one level, that alone.
         members: Networks of each candidate where no other number is asked for.
 
     Raises:
@@ -69,9 +72,9 @@ class Auto:
             return (SingleLevel(-1),)
         found: tuple[Strategy, ...] = (Multilevel(rescale=True, project=True), TransferLearning(),
                                        TransferThenMultilevel(), SingleLevel(-1))
-        if not terms[0].of_outputs and terms[0].fine[0].numel() <= MOST_OUTPUTS:
-            found = (*found, Emulation())
-        return found
+        if terms[0].outputs[0][0].numel() > MOST_OUTPUTS:
+            return found
+        return (*found, Translation() if terms[0].of_outputs else Emulation())
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all.

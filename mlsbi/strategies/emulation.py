@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from mlsbi.data import count_runs
-from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.flows import MAF
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.density.mixture_density import MDN
 from mlsbi.density.registry import DensityBuilder, resolve_builder
-from mlsbi.density.standardise import Standardiser
 from mlsbi.randomness import child_seed, seeded
 from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
+from mlsbi.strategies.translation import Translation
+from mlsbi.strategies.turning import check_outputs, likelihood_network, turn_term
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, TrainingError, join_histories
@@ -30,10 +30,7 @@ from mlsbi.training.members import Member, Schedule
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 
-__all__ = ["MOST_OUTPUTS", "Emulation"]
-
-MOST_OUTPUTS = 64
-"""Numbers in an output up to which its density can be learned from few runs."""
+__all__ = ["Emulation"]
 
 _KEYS = 100, 101, 102, 103  # of the seeds of the emulator, its training, its draws, and the training on them
 _BEYOND = 1.0  # ranges of the simulated outputs by which a draw may lie outside them
@@ -53,8 +50,8 @@ class Emulation:
 
     Args:
         emulators: Pairs of a density, or its name, and the strategy that trains it. When left out: a Gaussian, by
-            transfer learning with and without multilevel training after it and by the finest level alone, and a flow
-            by the first and the last of these.
+            transfer learning with and without multilevel training after it, by the finest level alone and by
+            translation, and a flow by the first and the third of these.
         rows: Draws of the emulator that the posterior is trained on.
         batch_size: Draws in a step.
         learning_rate: Step size of the posterior's training.
@@ -69,6 +66,7 @@ class Emulation:
         (MDN(components=1), TransferThenMultilevel()),
         (MDN(components=1), TransferLearning()),
         (MDN(components=1), SingleLevel(-1)),
+        (MDN(components=1), Translation()),
         (MAF(transforms=2, line=True), TransferThenMultilevel()),
         (MAF(transforms=2, line=True), SingleLevel(-1)),
     )
@@ -97,10 +95,7 @@ class Emulation:
         if terms[0].of_outputs:
             raise ValueError("Emulation learns a posterior by way of a likelihood. NLE learns the likelihood: use NPE, "
                              "or NLE with another strategy.")
-        size = terms[0].fine[0].numel()
-        if size > MOST_OUTPUTS:
-            raise ValueError(f"Expected outputs of at most {MOST_OUTPUTS} numbers, whose density few runs can teach; "
-                             f"got {size}. Reduce x to summary statistics, or use another strategy.")
+        check_outputs(terms[0])
         for _, strategy in self.emulators:
             strategy.terms(terms)
         return list(terms)
@@ -128,12 +123,12 @@ class Emulation:
         """
         check_held_out(members, "Emulation")
         first, last = (None if checkpoint is None else checkpoint.part(name) for name in ("emulator", "draws"))
-        turned = [replace(member, train=[_turn(term) for term in member.train], draw=None,
-                          validation=[_turn(term) for term in member.validation],
+        turned = [replace(member, train=[turn_term(term) for term in member.train], draw=None,
+                          validation=[turn_term(term) for term in member.validation],
                           seed=child_seed(member.seed, _KEYS[1])) for member in members]
         candidates = [
             Candidate(f"{type(density).__name__} by {type(strategy).__name__}", strategy,
-                      [_network(member, density, options) for member in turned])
+                      [likelihood_network(member, density, options, _KEYS[0]) for member in turned])
             for density, strategy in self.emulators if not isinstance(density, str)
         ]
         emulators, before = mix_candidates(candidates, turned, options=options, checkpoint=first, progress=progress,
@@ -184,21 +179,3 @@ class Emulation:
         # Of a last part that was not needed whole, only what came before the end counts.
         lost = round((drawn - found) * self.rows / found)
         return Term(theta, x.unflatten(1, shape) if len(shape) != 1 else x), lost
-
-
-def _network(member: Member, density: DensityBuilder, options: TrainingOptions) -> ConditionalDensity:
-    """A fresh density of rows that are standardised already."""
-    sides = [Standardiser(torch.zeros(rows.shape[1]), torch.ones(rows.shape[1]), dtype=options.dtype)
-             for rows in (member.train[0].input, member.train[0].fine)]
-    with seeded(child_seed(member.seed, _KEYS[0])):
-        network = ConditionalDensity(density, *sides)
-    network.density.to(options.dtype)
-    return network.to(member.train[0].input.device)
-
-
-def _turn(term: Term) -> Term:
-    """Outputs, flattened, in the place of parameters and the other way round."""
-    x = term.fine.flatten(1)
-    if term.coarse is None:
-        return Term(x, term.input, of_outputs=True)
-    return Term(x, term.input, term.input, term.coarse.flatten(1), of_outputs=True)

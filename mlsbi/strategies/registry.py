@@ -14,6 +14,7 @@ from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.strategies.transfer_then_multilevel import TransferThenMultilevel
+from mlsbi.strategies.translation import Translation
 
 __all__ = ["Strategy", "resolve_strategy", "strategy_names", "strategy_from_config", "strategy_to_config"]
 
@@ -23,6 +24,7 @@ _STRATEGIES: dict[str, Strategy] = {
     "high": SingleLevel(-1),
     "low": SingleLevel(0),
     "transfer_then_multilevel": TransferThenMultilevel(),
+    "translation": Translation(),
     "emulation": Emulation(),
     "auto": Auto(),
 }

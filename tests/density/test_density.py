@@ -204,3 +204,16 @@ def test_transforms_are_the_nflows_classes_underneath():
     assert issubclass(SplineCoupling, PiecewiseRationalQuadraticCouplingTransform)
     assert issubclass(SolvedLULinear, LULinear)
     assert issubclass(AffineAutoregressive, MaskedAffineAutoregressiveTransform)
+
+
+@pytest.mark.parametrize("builder", [*BUILDERS[:2], NSF(transforms=2, line=True)], ids=str)
+@pytest.mark.parametrize("dim", [1, 3])
+def test_noise_is_what_draws_were_made_from(builder, dim):
+    density = stirred(builder, dim, 2)
+    condition = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with seeded(3), torch.no_grad():
+        draws = density.sample(4, condition)
+    with seeded(3):
+        noise = torch.randn(200, dim, dtype=torch.float64).reshape(50, 4, dim).transpose(0, 1)
+    found = density.noise(draws.reshape(200, dim), condition.repeat(4, 1)).reshape(4, 50, dim)
+    assert torch.allclose(found, noise, atol=1e-6)  # a quadratic equation per spline

@@ -93,7 +93,7 @@ def test_weights_follow_what_rows_of_the_finest_level_say():
 
 @pytest.mark.parametrize(("kind", "expected"), [
     (NPE, ["Multilevel", "TransferLearning", "TransferThenMultilevel", "SingleLevel", "Emulation"]),
-    (NLE, ["Multilevel", "TransferLearning", "TransferThenMultilevel", "SingleLevel"]),
+    (NLE, ["Multilevel", "TransferLearning", "TransferThenMultilevel", "SingleLevel", "Translation"]),
 ])
 def test_default_candidates_depend_on_what_is_learned(kind, expected):
     fitted = fit("auto", kind=kind, options=TrainingOptions(epochs=2), ensemble=2)

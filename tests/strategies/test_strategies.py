@@ -17,6 +17,7 @@ from mlsbi import (
     TrainingOptions,
     TransferLearning,
     TransferThenMultilevel,
+    Translation,
 )
 from mlsbi.strategies import multilevel
 from mlsbi.strategies.registry import resolve_strategy, strategy_from_config, strategy_names, strategy_to_config
@@ -32,7 +33,7 @@ PRIOR = BoxPrior([0.0], [1.0])
 STRATEGIES = [Multilevel(), Multilevel("estimated", rescale=True, project=True), Multilevel((0.5,), align=False),
               Multilevel(correction_limit=0.5, difference_penalty=2.0), TransferLearning(), SingleLevel(0),
               TransferLearning(learning_rate=(1e-3, 1e-4), patience=3, fine_tune=True), SingleLevel(-1),
-              TransferLearning(joint=True), TransferThenMultilevel(),
+              TransferLearning(joint=True), TransferThenMultilevel(), Translation(), Translation(MAF(hidden=8)),
               TransferThenMultilevel(TransferLearning(joint=True), Multilevel("unit", align=False), align=False)]
 COVERING = [Auto(), Auto((SingleLevel(-1), Multilevel())),
             Emulation(((SMALL, SingleLevel(-1)), (MAF(transforms=1, hidden=4), TransferLearning())), rows=100)]
@@ -121,7 +122,8 @@ def test_a_users_own_strategy_is_named_but_not_read_back():
 def test_names():
     assert {name: resolve_strategy(name) for name in strategy_names()} == {
         "multilevel": Multilevel(), "transfer": TransferLearning(), "high": SingleLevel(-1), "low": SingleLevel(0),
-        "transfer_then_multilevel": TransferThenMultilevel(), "emulation": Emulation(), "auto": Auto()}
+        "transfer_then_multilevel": TransferThenMultilevel(), "translation": Translation(),
+        "emulation": Emulation(), "auto": Auto()}
     with pytest.raises(ValueError, match="Unknown strategy 'all'"):
         resolve_strategy("all")
     with pytest.raises(TypeError, match=r"A class must be called: Multilevel\(\)"):
