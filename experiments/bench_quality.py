@@ -12,8 +12,8 @@ density (of theta for posteriors, of x for likelihoods), on 250 test rows, and w
 
 Hyper-parameters were chosen on seeds from 9000 on; reported seeds start at 100. A cell is one (row, seed, strategy);
 finished ones are read from the result file and from `--cells`, so that an interrupted run goes on, on another machine
-too. `METHOD` is raised when what is measured changes, and old cells are then not used. All of it takes about 10 to 20
-hours on two cores: 3 to 8 minutes of one core for each of 200 (row, seed) and the published recipe.
+too. `METHOD` is raised when what is measured changes, and old cells are then not used. All of it takes about 8
+hours on two cores: 1 to 5 minutes of one core for each of 200 (row, seed), and half an hour for the published recipe.
 
     python experiments/bench_quality.py --data FOLDER_OF_CAMELS --workers 2
     python experiments/bench_quality.py --quick

@@ -27,7 +27,7 @@ from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, TrainingError, join_histories
 from mlsbi.training.loop import minimise
 from mlsbi.training.members import Member, Schedule
-from mlsbi.training.objective import Term, pool_level
+from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
 __all__ = ["Emulation"]
@@ -42,8 +42,8 @@ class Emulation:
 
     A likelihood is often simpler than a posterior: it does not depend on the prior, has a regular shape, and what a
     cheap level teaches of it carries over. It is learned from the few runs there are; the posterior then has as many
-    rows as it wants, at new parameters from the prior. What the emulator gets wrong, the posterior gets wrong too: it
-    stops training by real runs of the finest level, which are held out.
+    rows as it wants, at new parameters from the prior. It stops training by draws too, which are held out: the few real
+    runs of the finest level would stop it by chance. What the emulator gets wrong, the posterior gets wrong too.
 
     The emulator is itself a mixture, of densities that different strategies train, weighted by held-out runs of the
     finest level.
@@ -52,7 +52,7 @@ class Emulation:
         emulators: Pairs of a density, or its name, and the strategy that trains it. When left out: a Gaussian, by
             transfer learning with and without multilevel training after it, by the finest level alone and by
             translation, and a flow by the first and the third of these.
-        rows: Draws of the emulator that the posterior is trained on.
+        rows: Draws of the emulator that the posterior is trained on and stopped by, at least 2.
         batch_size: Draws in a step.
         learning_rate: Step size of the posterior's training.
         patience: Its patience.
@@ -79,8 +79,9 @@ class Emulation:
     covers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.batch_size, self.patience, self.members) < 1 or not self.learning_rate > 0:
-            raise ValueError(f"Expected positive rows, batch_size, patience, members and learning_rate; got {self}.")
+        if min(self.rows - 1, self.batch_size, self.patience, self.members) < 1 or not self.learning_rate > 0:
+            raise ValueError("Expected at least 2 rows, and positive batch_size, patience, members and learning_rate; "
+                             f"got {self}.")
         pairs = tuple((resolve_builder(density), strategy) for density, strategy in self.emulators)
         object.__setattr__(self, "emulators", pairs)
         if not pairs or any(getattr(strategy, "mixes", False) for _, strategy in pairs):
@@ -136,8 +137,9 @@ class Emulation:
         learners, notes = [], []
         for member, emulator in zip(members, emulators, strict=True):
             rows, lost = self._draw(member, emulator)
-            held = [pool_level(member.validation, len(member.train) - 1)] if member.validation else []
-            learners.append(replace(member, train=[rows], validation=held, seed=child_seed(member.seed, _KEYS[3])))
+            held = min(max(round(options.validation_fraction * self.rows), 1), self.rows - 1)
+            out, kept = (Term(rows.input[part], rows.fine[part]) for part in (slice(held), slice(held, None)))
+            learners.append(replace(member, train=[kept], validation=[out], seed=child_seed(member.seed, _KEYS[3])))
             notes.append(f"{lost} of {self.rows} draws of the emulator lay far from every output simulated and were "
                          "drawn anew" if lost else "")
         after = minimise(

@@ -32,11 +32,13 @@ class Candidate:
         name: What histories call it.
         strategy: How it is trained.
         networks: One per member.
+        pseudo_rows: What speaks for it before any row is seen; see `stack_densities`.
     """
 
     name: str
     strategy: Strategy
     networks: Sequence[ConditionalDensity]
+    pseudo_rows: float = 0.25
 
 
 def check_held_out(members: Sequence[Member], what: str) -> None:
@@ -91,7 +93,7 @@ def mix_candidates(
     try:
         stacking = stack_densities(Scores.joined([
             _score(member, [candidates[index].networks[at] for index in trained]) for at, member in enumerate(members)
-        ]))
+        ]), [candidates[index].pseudo_rows for index in trained])
     except ValueError as error:
         raise TrainingError(f"The strategies cannot be weighed: {error}") from error
     weights = dict(zip(trained, stacking.weights, strict=True))

@@ -21,8 +21,8 @@ __all__ = ["Scores", "Stacking", "stack_densities"]
 
 _FEW_PAIRS = 50  # below, the control variate is used
 _PRIOR_PAIRS = 4.0  # pairs without correlation that the control variate's factor is drawn towards
-_PSEUDO_ROWS = 0.25  # times log w of every part: what equal weights are worth
-_NEGLIGIBLE = 0.02  # weights below are 0: an ensemble is evaluated as often as it has parts
+_PSEUDO_ROWS = 0.25
+_NEGLIGIBLE = 0.05  # weights below are 0: an ensemble is evaluated as often as it has parts
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,16 @@ class Stacking:
     factor: float = 0.0
 
 
-def stack_densities(scores: Scores) -> Stacking:
+def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) -> Stacking:
     r"""Finds the mixture weights.
 
-    The score counts on top a quarter of :math:`\log w_c` for every candidate, spread over all rows: where rows are few,
-    weights stay near equal ones.
+    On top of the held-out rows it counts pseudo rows :math:`r_c` of each candidate, which add :math:`r_c \log w_c`:
+    where rows are few, weights stay near :math:`r_c / \sum r_c`.
 
     Args:
         scores: Held-out log densities. Candidates with a score that is not a number, or minus infinity at every row,
             get no weight.
+        pseudo_rows: One number per candidate; a quarter of a row each when left out.
 
     Raises:
         ValueError: If no candidate can be used.
@@ -101,23 +102,24 @@ def stack_densities(scores: Scores) -> Stacking:
     kept = [None if part is None else part.double().cpu()[index] for part in (fine, scores.coarse, scores.low)]
     found, coarse, low = kept
     assert found is not None
-    even = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    pseudo = torch.as_tensor(pseudo_rows or [_PSEUDO_ROWS] * len(fine), dtype=torch.float64)[index]
+    first = pseudo / pseudo.sum()
     factor = 0.0
     if coarse is not None and low is not None and found.shape[1] < _FEW_PAIRS:
-        factor = _factor(_mix(even, found), _mix(even, coarse), _mix(even, low))
+        factor = _factor(_mix(first, found), _mix(first, coarse), _mix(first, low))
 
     def loss(logits: np.ndarray) -> tuple[float, np.ndarray]:
         free = torch.tensor(logits, requires_grad=True)
         weights = free.softmax(0)
-        value = _mix(weights, found).mean() + _PSEUDO_ROWS / found.shape[1] * free.log_softmax(0).sum()
+        value = _mix(weights, found).mean() + (pseudo * free.log_softmax(0)).sum() / found.shape[1]
         if factor and coarse is not None and low is not None:
             value = value - factor * (_mix(weights, coarse).mean() - _mix(weights, low).mean())
         gradient, = torch.autograd.grad(-value, free)
         return -value.item(), gradient.numpy()
 
-    weights = even
+    weights = first
     if count > 1:
-        weights = torch.tensor(minimize(loss, np.zeros(count), jac=True, method="L-BFGS-B").x).softmax(0)
+        weights = torch.tensor(minimize(loss, first.log().numpy(), jac=True, method="L-BFGS-B").x).softmax(0)
         weights = torch.where(weights < _NEGLIGIBLE, 0.0, weights)
         weights = weights / weights.sum()
     whole = torch.zeros(len(fine), dtype=torch.float64)

@@ -159,14 +159,20 @@ def test_bad_options_are_refused():
         Auto(())
     with pytest.raises(ValueError, match="none of which mixes others"):
         Auto((Auto(),))
+    with pytest.raises(ValueError, match="one positive number of pseudo_rows for each of 2"):
+        Auto((SingleLevel(-1), Multilevel()), pseudo_rows=(1.0,))
+    with pytest.raises(ValueError, match="one positive number of pseudo_rows for each of 1"):
+        Auto((SingleLevel(-1),), pseudo_rows=(0.0,))
+    with pytest.raises(ValueError, match="candidates=, which is not given"):
+        Auto(pseudo_rows=(1.0,))
     with pytest.raises(ValueError, match="at least 1 member"):
         Auto(members=0)
     with pytest.raises(ValueError, match="at least one emulator"):
         Emulation(())
     with pytest.raises(ValueError, match="at least one emulator"):
         Emulation(((SMALL, Auto()),))
-    with pytest.raises(ValueError, match="positive rows"):
-        Emulation(rows=0)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        Emulation(rows=1)
     with pytest.raises(ValueError, match="align=False in the strategies"):
         TransferThenMultilevel(multilevel=Multilevel())
     with pytest.raises(ValueError, match="NLE learns the likelihood"):

@@ -31,7 +31,7 @@ def test_no_other_weights_score_better():
 
     def penalised(weights):
         weights = torch.as_tensor(weights, dtype=torch.float64).clamp_min(1e-12)
-        return float((scores + weights.log()[:, None]).logsumexp(0).mean() + 0.5 / 400 * weights.log().sum())
+        return float((scores + weights.log()[:, None]).logsumexp(0).mean() + 0.25 / 400 * weights.log().sum())
 
     best = penalised(found.weights)
     generator = torch.Generator().manual_seed(1)
@@ -41,10 +41,20 @@ def test_no_other_weights_score_better():
         assert all(penalised(weights) <= best + 1e-6 for weights in others.sample((500,)))
 
 
+def test_pseudo_rows_are_shares_that_rows_outweigh():
+    same = draws(1000)
+    alike = stack_densities(Scores(torch.stack([same, same, same])), [1.0, 1.0, 2.0])
+    assert alike.weights == pytest.approx((0.25, 0.25, 0.5), abs=1e-3)
+    few, many = (stack_densities(Scores(torch.stack([same[:n], same[:n] - 1.0])), [0.5, 4.5]).weights
+                 for n in (3, 1000))
+    assert few[1] > 0.5
+    assert many == (1.0, 0.0)
+
+
 def test_few_rows_leave_weights_near_equal_and_many_do_not():
     better, worse = torch.zeros(1000), torch.full((1000,), -0.7)
     few, many = (stack_densities(Scores(torch.stack([better[:n], worse[:n]]))).weights for n in (2, 1000))
-    assert 0.15 < few[1] < 0.5
+    assert 0.05 < few[1] < 0.5
     assert many == (1.0, 0.0)
 
 

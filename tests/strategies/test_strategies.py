@@ -35,7 +35,7 @@ STRATEGIES = [Multilevel(), Multilevel("estimated", rescale=True, project=True),
               TransferLearning(learning_rate=(1e-3, 1e-4), patience=3, fine_tune=True), SingleLevel(-1),
               TransferLearning(joint=True), TransferThenMultilevel(), Translation(), Translation(MAF(hidden=8)),
               TransferThenMultilevel(TransferLearning(joint=True), Multilevel("unit", align=False), align=False)]
-COVERING = [Auto(), Auto((SingleLevel(-1), Multilevel())),
+COVERING = [Auto(), Auto((SingleLevel(-1), Multilevel()), pseudo_rows=(1.0, 2.5)),
             Emulation(((SMALL, SingleLevel(-1)), (MAF(transforms=1, hidden=4), TransferLearning())), rows=100)]
 
 
