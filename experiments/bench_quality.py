@@ -146,6 +146,8 @@ def auto_cells(row: Row, task: Task, seed: int) -> dict[str, dict[str, Any]]:
     cells = {"auto": {**score(fitted, task, seed), "seconds": seconds,
                       "weights": {PARTS[part["strategy"]]: round(part["weight"], 4) for part in mixed}}}
     for index, part in enumerate(mixed):
+        if part["held_out"] is None:
+            continue
         # An ensemble of this strategy alone, which is what these networks are.
         fitted.networks = tuple(network.part(index) for network in whole if isinstance(network, DensityMixture))
         cells[PARTS[part["strategy"]]] = {
@@ -239,7 +241,7 @@ def known_cells(seeds: Sequence[int], folder: Path) -> dict[tuple[str, int, str]
 def rounded(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell as it is kept: six digits are more than its noise."""
     return {quantity: float(f"{value:.6g}") if isinstance(value, float) else value
-            for quantity, value in cell.items() if quantity != "notes"}
+            for quantity, value in cell.items()}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

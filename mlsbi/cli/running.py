@@ -7,7 +7,7 @@ import math
 import platform
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -56,6 +56,7 @@ _CHECK_DRAWS = 499  # 500 possible ranks: bins of equal size
 _CHAIN_DRAWS = 199  # where draws are dear
 _LIKELIHOOD_TESTS = 100
 _ENSEMBLE = 10
+_LONG = 1 << 20  # numbers in an output that no strategy with a limit takes
 _LIKELIHOOD_ROWS = 5000
 
 
@@ -84,7 +85,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     kind = request.estimator or target.estimator
     estimators = {name: _estimator(target, request, kind, name) for name in request.strategies}
     n_asked = _check_request(target, request, kind)
-    _check_strategies(estimators, len(target.level_names))
+    _check_strategies(target, request, estimators)
     default = target.default_tests if kind == "npe" else min(target.default_tests, _LIKELIHOOD_TESTS)
     n_tests = default if request.tests is None else request.tests
     observed = _read_observation(target, request, kind)
@@ -114,7 +115,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         "versions": {"mlsbi": mlsbi.__version__, "python": platform.python_version(),
                      **{name: version(name) for name in ("torch", "nflows", "numpy")}},
         "command": request.command,
-        "asked": _asked(target, request, next(iter(estimators.values())), n_asked, m),
+        "asked": _asked(target, request, list(estimators.values()), n_asked, m),
         "observable": {"axis": target.x_axis, "label": target.x_label},
         **_planned(report, plan, rounds, n_asked, target),
         "levels": _levels(target, report, data),
@@ -180,16 +181,29 @@ def _digest(data: MultilevelData, tests: _Tests | None, observed: Tensor | None)
     return found.hexdigest()
 
 
-def _check_strategies(estimators: Mapping[str, NPE | NLE], levels: int) -> None:
-    """Raises a `ValueError` if a strategy cannot use data of so many levels."""
+def _check_strategies(target: Target, request: RunRequest, estimators: Mapping[str, NPE | NLE]) -> None:
+    """Raises a `ValueError` if a strategy cannot use data of so many levels, or outputs of such a length."""
     for name, estimator in estimators.items():
-        rows = [Term(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1) if level else None,
-                     of_outputs=isinstance(estimator, NLE)) for level in range(levels)]
+        why = _refusal(estimator, len(target.level_names), 1)
+        if why is None and _refusal(estimator, len(target.level_names), _LONG) is not None:
+            why = _refusal(estimator, len(target.level_names), _output_shape(target, request).numel())
+        if why is not None:
+            raise ValueError(f"Strategy '{name}': {why}") from why
+
+
+def _refusal(estimator: NPE | NLE, levels: int, length: int) -> ValueError | None:
+    """What an estimator's strategy says against data of so many levels and outputs of such a length."""
+    x, theta = torch.zeros(1, length), torch.zeros(1, 1)
+    of_outputs = isinstance(estimator, NLE)
+    first, second = (x, theta) if of_outputs else (theta, x)
+    rows = [Term(first, second, second if level else None, first if level else None, of_outputs=of_outputs)
+            for level in range(levels)]
+    try:
         if estimator.strategy is not None:
-            try:
-                estimator.strategy.terms(rows)
-            except ValueError as error:
-                raise ValueError(f"Strategy '{name}': {error}") from error
+            estimator.strategy.terms(rows)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _count_observations(target: Target, request: RunRequest, kind: str, observed: Tensor | None) -> int:
@@ -321,8 +335,9 @@ def _draw_exact(
 
 
 def _asked(
-    target: Target, request: RunRequest, estimator: NPE | NLE, n_asked: tuple[int, ...] | None, m: int
+    target: Target, request: RunRequest, estimators: Sequence[NPE | NLE], n_asked: tuple[int, ...] | None, m: int
 ) -> dict[str, Any]:
+    estimator = estimators[0]
     embedding = embedding_to_config(estimator.embedding)
     return {
         "task": target.name, "title": target.title, "citation": target.citation, "estimator": estimator.kind,
@@ -330,6 +345,7 @@ def _asked(
         "embedding": embedding if isinstance(embedding, dict) else None, "x_transform": estimator.x_transform,
         "training": asdict(request.training), "budget": request.budget, "n": n_asked, "seed": request.seed,
         "device": request.device, "ensemble": request.ensemble, "observations": m,
+        "networks": [_members(one, request) for one in estimators],
         "on_failure": request.on_failure, "parameters": list(parameter_names(target.prior)),
     }
 
@@ -383,11 +399,7 @@ def _read_observation(target: Target, request: RunRequest, kind: str) -> Tensor 
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a .npy array or a text file of numbers: {error}") from error
     x = torch.as_tensor(np.asarray(array, dtype=np.float64))
-    if target.stack is not None:  # one run of the cheapest level, for its shape alone
-        row = RowSource(target.stack, seed=request.seed, stream=TEST_STREAM).rows(0, 1)
-        shape = torch.as_tensor(target.stack.levels[0].run(*row)).shape[1:]
-    else:
-        shape = target.test(1, request.seed, RunOptions())[1].shape[1:]
+    shape = _output_shape(target, request)
     if x.ndim == 0 and shape.numel() == 1:
         x = x.reshape(shape)
     if kind == "nle":
@@ -398,6 +410,14 @@ def _read_observation(target: Target, request: RunRequest, kind: str) -> Tensor 
     if tuple(x.shape) not in (tuple(shape), (1, *shape)) or not bool(torch.isfinite(x).all()):
         raise ValueError(f"Expected a finite observation of shape {tuple(shape)} in {path}; got {tuple(x.shape)}.")
     return x.reshape(shape)
+
+
+def _output_shape(target: Target, request: RunRequest) -> torch.Size:
+    """Shape of one output, by one run of the cheapest level where there is no other way to know."""
+    if target.stack is None:
+        return target.test(1, request.seed, RunOptions())[1].shape[1:]
+    row = RowSource(target.stack, seed=request.seed, stream=TEST_STREAM).rows(0, 1)
+    return torch.as_tensor(target.stack.levels[0].run(*row)).shape[1:]
 
 
 def _comma(path: Path) -> str | None:

@@ -89,6 +89,10 @@ class Shift(Transform):
 
     def columns(self, x: Tensor, condition: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Columns `(features, n)` less the line at conditions `(condition_dim, n)`, and log-determinants, zero."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # as in `SolvedLULinear`
+            with torch.autocast(kind, enabled=False):
+                return self.columns(x.float(), condition.float(), inverse=inverse)
         return torch.addmm(x, self.weight, condition, alpha=1 if inverse else -1), x.new_zeros(()).expand(x.shape[1])
 
     def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ class Estimator(ABC):
             data: Simulations of all levels.
             ensemble: Networks to train; their equal mixture is used. They differ in initialisation and in the rows
                 held out, which pays most when the pairs are few. The strategy's usual number when left out: 5 for
-                `"auto"`, else 1.
+                `"auto"` and `"emulation"`, else 1.
             checkpoint: A folder in which the state of the training is kept, every half minute and at the end. Called
                 again with the same data, options and seed, training goes on from there with the same result; the
                 folder may be deleted once the estimator is saved.
@@ -271,7 +271,7 @@ class Estimator(ABC):
         loaded._strategy_config = dict(config["strategy"])
         loaded.strategy = read_option("strategy", strategy_from_config, config["strategy"])
         loaded.x_shape = tuple(config["x_shape"])
-        loaded.histories = read_option("histories", lambda saved: tuple(map(_read_history, saved)), config["histories"])
+        loaded.histories = read_option("histories", lambda saved: tuple(map(History.read, saved)), config["histories"])
         loaded.networks = tuple(
             loaded._rebuild(config, {name.partition(".")[2]: tensor for name, tensor in tensors.items()
                                      if name.partition(".")[0] == str(member)})
@@ -312,6 +312,3 @@ class Estimator(ABC):
         return f"{type(self).__name__}({self.strategy}, {self.builder}, {state})"
 
 
-def _read_history(saved: Mapping[str, Any]) -> History:
-    tuples = ("n_train", "n_validation", *(name for name in ("stages", "notes", "labels", "mixture") if name in saved))
-    return History(**{**saved, **{name: tuple(saved[name]) for name in tuples}})

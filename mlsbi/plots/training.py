@@ -98,9 +98,8 @@ def _draw_stages(
     """One panel a stage, called by its label, in which levels have their names."""
     count = 1 + max(int(_column(frame, "stage").max()) for frame in frames)
     if labels is not None:
-        for level, name in reversed(list(enumerate(names or ()))):
-            labels = [re.sub(rf"\blevel {level}$", str(name), label) for label in labels]
-        names = labels
+        known = {f"level {level}": str(name) for level, name in enumerate(names or ())}
+        names = [re.sub(r"\blevel \d+$", lambda found: known.get(found[0], found[0]), label) for label in labels]
     if names is not None and len(names) < count:
         raise ValueError(f"Expected at least {count} names, one per stage; got {len(names)}: {list(names)}.")
     columns = min(count, 3)

@@ -75,7 +75,8 @@ def asked(results: Record, figures: Path) -> str:
     density, embedding, transform = part(question, "density"), part(question, "embedding"), question.get("x_transform")
     m, several = question.get("observations") or 1, len(question.get("strategies") or []) > 1
     each = " for each strategy" if several else ""
-    budget, n, members = measured(question.get("budget")), question.get("n"), question.get("ensemble")
+    budget, n = measured(question.get("budget")), question.get("n")
+    members = sorted(set(question.get("networks") or [])) or [question.get("ensemble")]
     unit = unit_of(results)
     entries: list[tuple[str, Cell]] = [
         ("Parameters", ", ".join(map(str, question.get("parameters") or []))),
@@ -88,8 +89,8 @@ def asked(results: Record, figures: Path) -> str:
         ("Training", options_text(question.get("training"))),
         ("Budget", None if budget is None else f"{number(budget)} {unit}"),
         ("Rows asked for", None if not n else _by_level(results, n)),
-        ("Networks", None if members is None else f"{members}{each}, mixed with equal weight" if members > 1
-         else f"1{each}"),
+        ("Networks", None if members == [None] else f"1{each}" if members == [1]
+         else f"{' or '.join(map(str, members))}{each}, mixed with equal weight"),
         ("Seed", question.get("seed")),
         ("Device", question.get("device")),
         ("Source", question.get("citation")),

@@ -69,23 +69,26 @@ def _training(record: Record) -> list[str]:
     networks = record.get("training") or []
     if not networks:
         return [paragraph("No training was recorded.")]
-    mixed = bool(networks[0].get("mixture"))  # then there is one best epoch a strategy, and rows of each of its stages
+    mixed = bool(networks[0].get("mixture"))  # then there is one best epoch a strategy
+    # Stages of several levels have rows of each of them: more numbers than stages.
+    plain = not mixed and not (_staged(record) and any(
+        len(network["n_train"]) != len(str(network["stopped"]).split("; then ")) for network in networks))
     header = ["network", "epochs", *([] if mixed else ["best epoch"]), "held-out loss",
-              *([] if mixed else ["rows trained on", "rows held out"]), "seconds"]
+              *(["rows trained on", "rows held out"] if plain else []), "seconds"]
     # Gradients of terms are compared only where a loss has several, and not if one was always zero.
     optional = {"projected": "steps projected", "cosine": "mean cosine"}
     present = [key for key in optional if any(_nonzero(network.get(key)) for network in networks)]
     rows: list[list[Cell]] = []
     for index, network in enumerate(networks, start=1):
         row: list[Cell] = [str(index), network["epochs"], *([] if mixed else [network["best_epoch"]])]
-        row += [measured(network["best_loss"]), *([] if mixed else [joined(network["n_train"]),
-                                                                    joined(network["n_validation"])])]
+        row += [measured(network["best_loss"]), *([joined(network["n_train"]), joined(network["n_validation"])]
+                                                  if plain else [])]
         row.append(measured(network.get("seconds")))
         rows.append([*row, *(percent(network.get(key)) if key == "projected" else measured(network.get(key))
                              for key in present)])
     staged = _staged(record)
     caption = f"Rows {'of each stage' if staged else 'per level'}, cheapest first." \
-        if any(len(network["n_train"]) > 1 for network in networks) and not mixed else ""
+        if any(len(network["n_train"]) > 1 for network in networks) and plain else ""
     if "cosine" in present:
         caption += " The cosine is that of the angle between the gradients of the cheapest level and of the " \
                    "correction; below 0 they pull against each other."
@@ -110,7 +113,8 @@ def _mixed(networks: Sequence[Record]) -> list[str]:
     if not mixture:
         return []
     rows: list[list[Cell]] = [
-        [str(own["strategy"]), percent(own["weight"]), give_or_take(own["held_out"], own["standard_error"]),
+        [str(own["strategy"]), percent(own["weight"]),
+         "failed" if own["held_out"] is None else give_or_take(own["held_out"], own["standard_error"]),
          measured(sum(part["mixture"][index]["seconds"] for part in networks))]
         for index, own in enumerate(mixture)
     ]

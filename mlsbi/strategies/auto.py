@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from mlsbi.data import count_runs
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.strategies.emulation import Emulation
-from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
+from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates, tell_apart
 from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
@@ -34,9 +34,11 @@ _PSEUDO_ROWS, _TRUSTED_ROWS = 0.4, 3.3
 class Auto:
     r"""Stacking: every candidate strategy is trained on the same rows, and their mixture is weighted by its score.
 
-    Members hold out different rows, so that every row of the finest level is held out by one; the weights are those
-    of the mixture with the best score on these rows, see `stack_densities`. All members share them, and each candidate
-    stops at the epoch that is best on average. What was weighted how, and why, is in `history.mixture`.
+    Members hold out different rows, so that every row of the finest level is held out by one (a single network holds
+    out `validation_fraction` of them); the weights are those of the mixture with the best score on these rows, see
+    `stack_densities`. All members share them, and each candidate stops at the epoch that is best on average: that is
+    cross-fitting, whatever `cross_fit` says. The rows have chosen when candidates stop, but no network was trained on
+    those that it is scored by. What was weighted how, and why, is in `history.mixture`.
 
     Args:
         candidates: Strategies to mix. When left out: multilevel, transfer learning, one after the other, the finest
@@ -125,11 +127,12 @@ class Auto:
         check_held_out(members, "Auto")
         networks = [_mixture(member) for member in members]
         chosen = self.chosen(members[0].train)
+        names = tell_apart([type(strategy).__name__ for strategy in chosen], chosen)
         counted = self.pseudo_rows or tuple(
             _TRUSTED_ROWS if self.candidates is None and isinstance(strategy, (Emulation, Translation))
             else _PSEUDO_ROWS for strategy in chosen)
         candidates = [Candidate(name, strategy, [copy.deepcopy(network.part(0)) for network in networks], rows)
-                      for name, strategy, rows in zip(_names(chosen), chosen, counted, strict=True)]
+                      for name, strategy, rows in zip(names, chosen, counted, strict=True)]
         mixtures, histories = mix_candidates(candidates, members, options=options, checkpoint=checkpoint,
                                              progress=progress, label=label)
         for network, mixture in zip(networks, mixtures, strict=True):
@@ -142,9 +145,3 @@ def _mixture(member: Member) -> DensityMixture:
     if not isinstance(network, DensityMixture):
         raise TypeError(f"Expected networks that can become mixtures; got {type(network).__name__}.")
     return network
-
-
-def _names(strategies: Sequence[Strategy]) -> list[str]:
-    """What histories call them: their kinds, with all options where two are of one kind."""
-    kinds = [type(strategy).__name__ for strategy in strategies]
-    return [kind if kinds.count(kind) == 1 else str(strategy) for kind, strategy in zip(kinds, strategies, strict=True)]

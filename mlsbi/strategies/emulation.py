@@ -15,7 +15,7 @@ from mlsbi.density.mixture import DensityMixture
 from mlsbi.density.mixture_density import MDN
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.randomness import child_seed, seeded
-from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates
+from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates, tell_apart
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.strategies.transfer import TransferLearning
@@ -123,14 +123,18 @@ class Emulation:
             TrainingError: If an emulator's draws cannot be used.
         """
         check_held_out(members, "Emulation")
+        if any(member.draw is None for member in members):
+            raise ValueError("Emulation draws parameters from the prior, which these members do not know.")
         first, last = (None if checkpoint is None else checkpoint.part(name) for name in ("emulator", "draws"))
         turned = [replace(member, train=[turn_term(term) for term in member.train], draw=None,
                           validation=[turn_term(term) for term in member.validation],
                           seed=child_seed(member.seed, _KEYS[1])) for member in members]
+        pairs = [(resolve_builder(density), strategy) for density, strategy in self.emulators]
+        names = tell_apart([f"{type(density).__name__} by {type(strategy).__name__}" for density, strategy in pairs],
+                           [f"{density} by {strategy}" for density, strategy in pairs])
         candidates = [
-            Candidate(f"{type(density).__name__} by {type(strategy).__name__}", strategy,
-                      [likelihood_network(member, density, options, _KEYS[0]) for member in turned])
-            for density, strategy in self.emulators if not isinstance(density, str)
+            Candidate(name, strategy, [likelihood_network(member, density, options, _KEYS[0]) for member in turned])
+            for name, (density, strategy) in zip(names, pairs, strict=True)
         ]
         emulators, before = mix_candidates(candidates, turned, options=options, checkpoint=first, progress=progress,
                                            label=f"{label}, emulator")
@@ -140,8 +144,8 @@ class Emulation:
             held = min(max(round(options.validation_fraction * self.rows), 1), self.rows - 1)
             out, kept = (Term(rows.input[part], rows.fine[part]) for part in (slice(held), slice(held, None)))
             learners.append(replace(member, train=[kept], validation=[out], seed=child_seed(member.seed, _KEYS[3])))
-            notes.append(f"{lost} of {self.rows} draws of the emulator lay far from every output simulated and were "
-                         "drawn anew" if lost else "")
+            notes.append(f"{lost:.1%} of the emulator's draws lay far from every output simulated and were drawn anew"
+                         if lost else "")
         after = minimise(
             learners, objective=Objective(), pooled=True,
             options=replace(options, batch_size=min(self.batch_size, self.rows), learning_rate=self.learning_rate,
@@ -155,15 +159,14 @@ class Emulation:
             history.notes = (*history.notes, note) if note else history.notes
         return [join_histories(parts) for parts in zip(before, after, strict=True)]
 
-    def _draw(self, member: Member, emulator: DensityMixture) -> tuple[Term, int]:
-        """Draws at parameters from the prior, and how many had to be drawn anew."""
-        if member.draw is None:
-            raise ValueError("Emulation draws parameters from the prior, which these members do not know.")
-        device = member.train[0].input.device
+    def _draw(self, member: Member, emulator: DensityMixture) -> tuple[Term, float]:
+        """Draws at parameters from the prior, and the share that had to be drawn anew; on the CPU."""
+        assert member.draw is not None
+        device = member.network.input_scaler.mean.device
         shape = member.train[0].fine.shape[1:]
         seen = torch.cat([term.fine.flatten(1) for term in member.train])
-        low, high = seen.min(0).values, seen.max(0).values
-        margin = _BEYOND * (high - low)
+        low, high = (edge.values.to(device) for edge in (seen.min(0), seen.max(0)))
+        margin = _BEYOND * (high - low).where(high > low, 1.0)
         kept: list[tuple[Tensor, Tensor]] = []
         found = drawn = 0
         while found < self.rows:
@@ -175,9 +178,7 @@ class Emulation:
             with torch.no_grad(), seeded(child_seed(member.seed, _KEYS[2], part, 1), device):
                 x = emulator.sample(1, theta)[0]
             near = ((x > low - margin) & (x < high + margin)).all(1)  # not a number is not near
-            kept.append((theta[near], x[near]))
+            kept.append((theta[near].cpu(), x[near].cpu()))
             found, drawn = found + int(near.sum()), drawn + self.rows
         theta, x = (torch.cat(parts)[: self.rows] for parts in zip(*kept, strict=True))
-        # Of a last part that was not needed whole, only what came before the end counts.
-        lost = round((drawn - found) * self.rows / found)
-        return Term(theta, x.unflatten(1, shape) if len(shape) != 1 else x), lost
+        return Term(theta, x.unflatten(1, shape) if len(shape) != 1 else x), 1 - found / drawn

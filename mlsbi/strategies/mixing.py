@@ -12,14 +12,14 @@ from torch import Tensor
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.strategies.protocol import Strategy
-from mlsbi.strategies.stacking import Scores, Stacking, stack_densities
+from mlsbi.strategies.stacking import PSEUDO_ROWS, Scores, Stacking, stack_densities
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History, TrainingError, join_histories
 from mlsbi.training.members import Member
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
-__all__ = ["Candidate", "check_held_out", "mix_candidates"]
+__all__ = ["Candidate", "check_held_out", "mix_candidates", "tell_apart"]
 
 _SCORED = 1 << 16  # rows evaluated at once
 
@@ -38,13 +38,18 @@ class Candidate:
     name: str
     strategy: Strategy
     networks: Sequence[ConditionalDensity]
-    pseudo_rows: float = 0.25
+    pseudo_rows: float = PSEUDO_ROWS
 
 
 def check_held_out(members: Sequence[Member], what: str) -> None:
     """Raises a `ValueError` unless every member holds rows out."""
     if not all(member.validation for member in members):
         raise ValueError(f"{what} weighs networks by rows that are held out: set validation_fraction above 0.")
+
+
+def tell_apart(kinds: Sequence[str], wholes: Sequence[Any]) -> list[str]:
+    """What histories call candidates: their kinds, with all options where two are of one kind."""
+    return [kind if kinds.count(kind) == 1 else str(whole) for kind, whole in zip(kinds, wholes, strict=True)]
 
 
 def mix_candidates(
@@ -59,7 +64,7 @@ def mix_candidates(
     r"""Trains candidates one after the other, each stopped by all members together, and mixes them.
 
     All members have the same weights: those of the mixture with the best score on the rows that they hold out. A
-    candidate that cannot be trained gets no weight, and the history says why.
+    candidate that cannot be trained, or not on so few rows, gets no weight, and the history says why.
 
     Args:
         candidates: What to train.
@@ -80,11 +85,11 @@ def mix_candidates(
         own = [replace(member, network=network, train=candidate.strategy.terms(member.train),
                        validation=candidate.strategy.terms(member.validation))
                for member, network in zip(members, candidate.networks, strict=True)]
-        part = None if checkpoint is None else checkpoint.part(f"{index}-{candidate.name}")
+        part = None if checkpoint is None else checkpoint.part(str(index))
         try:
             found.append(candidate.strategy.fit(own, options=options, pooled=True, checkpoint=part, progress=progress,
                                                 label=f"{label}, {candidate.name}"))
-        except TrainingError as error:
+        except (TrainingError, ValueError) as error:
             found.append(str(error))
     trained = [index for index, histories in enumerate(found) if not isinstance(histories, str)]
     if not trained:
@@ -109,20 +114,24 @@ def mix_candidates(
 @torch.no_grad()
 def _score(member: Member, networks: Sequence[ConditionalDensity]) -> Scores:
     """Log densities at the rows that a member holds out."""
+    device = next(networks[0].parameters()).device
 
     def score(input: Tensor, condition: Tensor) -> Tensor:
-        rows = zip(input.split(_SCORED), condition.split(_SCORED), strict=True)
-        return torch.cat([torch.stack([network.standard_log_prob(*some) for network in networks]) for some in rows], 1)
+        rows = [(a.to(device), b.to(device))
+                for a, b in zip(input.split(_SCORED), condition.split(_SCORED), strict=True)]
+        return torch.cat([torch.stack([network.standard_log_prob(*some) for network in networks]) for some in rows],
+                         1).cpu()
 
     for network in networks:
         network.eval()
     top: Term = member.validation[-1]
     fine = score(top.input, top.fine)
+    most = len(top) + len(member.train[-1])
     if top.coarse is None or len(member.validation) < 2:
-        return Scores(fine)
+        return Scores(fine, most=most)
     below = member.validation[-2]
     coarse = score(top.input if top.coarse_input is None else top.coarse_input, top.coarse)
-    return Scores(fine, coarse, score(below.input, below.fine))
+    return Scores(fine, coarse, score(below.input, below.fine), most)
 
 
 def _history(names: Sequence[str], found: Sequence[History | str], stacking: Stacking) -> History:
@@ -139,6 +148,8 @@ def _history(names: Sequence[str], found: Sequence[History | str], stacking: Sta
     for name, history in zip(names, found, strict=True):
         if isinstance(history, str):
             notes.append(f"{name} got no weight, for it could not be trained: {history}")
+            mixture.append({"strategy": name, "weight": 0.0, "held_out": None, "standard_error": None,
+                            "stages": [stage, stage], "seconds": 0.0})
             continue
         weight, score, error = next(numbers)
         mixture.append({"strategy": name, "weight": weight, "held_out": -score, "standard_error": error,

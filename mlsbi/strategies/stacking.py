@@ -17,11 +17,13 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-__all__ = ["Scores", "Stacking", "stack_densities"]
+__all__ = ["PSEUDO_ROWS", "Scores", "Stacking", "stack_densities"]
+
+PSEUDO_ROWS = 0.25
+"""Held-out rows that count for every candidate from the start."""
 
 _FEW_PAIRS = 50  # below, the control variate is used
 _PRIOR_PAIRS = 4.0  # pairs without correlation that the control variate's factor is drawn towards
-_PSEUDO_ROWS = 0.25
 _NEGLIGIBLE = 0.05  # weights below are 0: an ensemble is evaluated as often as it has parts
 
 
@@ -33,20 +35,27 @@ class Scores:
         fine: At rows of the finest level, shape `(C, n)`.
         coarse: At the coarse halves of the same rows, shape `(C, n)`; `None` where there are none.
         low: At other rows of the level below, shape `(C, m)`; `None` where there are none.
+        most: Different rows that there are at most; where members hold out some of them twice, they count once.
     """
 
     fine: Tensor
     coarse: Tensor | None = None
     low: Tensor | None = None
+    most: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Different rows of the finest level."""
+        return min(self.fine.shape[1], self.fine.shape[1] if self.most is None else self.most)
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """All rows of several, which have the same candidates."""
+        """All rows of several, which have the same candidates and draw on the same rows."""
         found = {}
         for name in ("coarse", "low"):
             own = [getattr(part, name) for part in parts]
             found[name] = None if any(one is None for one in own) else torch.cat(own, 1)
-        return cls(torch.cat([part.fine for part in parts], 1), **found)
+        return cls(torch.cat([part.fine for part in parts], 1), **found, most=parts[0].most)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Stacking:
         score: Mean log density of the mixture over the held-out rows.
         scores: Of each candidate alone.
         standard_errors: Of these.
-        rows: Held-out rows of the finest level.
+        rows: Different held-out rows of the finest level.
         factor: Factor of the control variate; 0 where none was used.
     """
 
@@ -78,7 +87,7 @@ def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) 
 
     Args:
         scores: Held-out log densities. Candidates with a score that is not a number, or minus infinity at every row,
-            get no weight.
+            get no weight; rows at which none has a finite score are left out.
         pseudo_rows: One number per candidate; a quarter of a row each when left out.
 
     Raises:
@@ -99,19 +108,20 @@ def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) 
         raise ValueError("Expected a candidate with a finite score at some held-out row; none has one.")
     index = usable.nonzero()[:, 0]
     count = len(index)
-    kept = [None if part is None else part.double().cpu()[index] for part in (fine, scores.coarse, scores.low)]
-    found, coarse, low = kept
-    assert found is not None
-    pseudo = torch.as_tensor(pseudo_rows or [_PSEUDO_ROWS] * len(fine), dtype=torch.float64)[index]
+    told = fine[index].isfinite().any(0)
+    found = fine[index][:, told]
+    coarse = None if scores.coarse is None else scores.coarse.double().cpu()[index][:, told]
+    low = None if scores.low is None else scores.low.double().cpu()[index]
+    pseudo = torch.as_tensor(pseudo_rows or [PSEUDO_ROWS] * len(fine), dtype=torch.float64)[index]
     first = pseudo / pseudo.sum()
     factor = 0.0
-    if coarse is not None and low is not None and found.shape[1] < _FEW_PAIRS:
+    if coarse is not None and low is not None and scores.rows < _FEW_PAIRS:
         factor = _factor(_mix(first, found), _mix(first, coarse), _mix(first, low))
 
     def loss(logits: np.ndarray) -> tuple[float, np.ndarray]:
         free = torch.tensor(logits, requires_grad=True)
         weights = free.softmax(0)
-        value = _mix(weights, found).mean() + (pseudo * free.log_softmax(0)).sum() / found.shape[1]
+        value = _mix(weights, found).mean() + (pseudo * free.log_softmax(0)).sum() / scores.rows
         if factor and coarse is not None and low is not None:
             value = value - factor * (_mix(weights, coarse).mean() - _mix(weights, low).mean())
         gradient, = torch.autograd.grad(-value, free)
@@ -120,13 +130,13 @@ def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) 
     weights = first
     if count > 1:
         weights = torch.tensor(minimize(loss, first.log().numpy(), jac=True, method="L-BFGS-B").x).softmax(0)
-        weights = torch.where(weights < _NEGLIGIBLE, 0.0, weights)
+        weights = torch.where(weights < min(_NEGLIGIBLE, float(weights.max())), 0.0, weights)
         weights = weights / weights.sum()
     whole = torch.zeros(len(fine), dtype=torch.float64)
     whole[index] = weights
-    errors = fine.std(1) / math.sqrt(fine.shape[1]) if fine.shape[1] > 1 else torch.full((len(fine),), math.nan)
+    errors = fine.std(1) / math.sqrt(scores.rows) if fine.shape[1] > 1 else torch.full((len(fine),), math.nan)
     return Stacking(tuple(whole.tolist()), _mix(weights, found).mean().item(), tuple(fine.mean(1).tolist()),
-                    tuple(errors.tolist()), fine.shape[1], factor)
+                    tuple(errors.tolist()), scores.rows, factor)
 
 
 def _mix(weights: Tensor, log_densities: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ The regression is learned from pairs, and then every run of the level below is w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from mlsbi.data import count_runs
 from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.flows import NSF, FlowDensity
-from mlsbi.density.registry import DensityBuilder
+from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.randomness import child_seed
 from mlsbi.strategies.turning import check_outputs, likelihood_network, turn_term
 from mlsbi.training.checkpoints import Checkpoint
@@ -46,16 +47,30 @@ class Translation:
 
     From the cheapest level up: a flow of the level's outputs given theta tells which noise each came from; a Gaussian
     process learns from the pairs what the level above differs by, given noise and theta; all rows are translated by
-    it, and a residual of a pair with similar noise and theta is added. What is then known of the level above are these
-    rows and its own runs. The network is trained on those of the finest level.
+    it, and a residual of a pair with similar noise, output and theta is added. What is then known of the level above
+    are these rows and its own runs. The network is trained on those of the finest level.
+
+    Each number of an output of more than 8 is predicted from the same number of the cheap output, and theta, instead.
 
     It pays where levels share most of their randomness. The density need not be the same as the flow's.
 
     Args:
-        flow: Density of each cheap level's outputs: `NSF` or `MAF`.
+        flow: Density of each cheap level's outputs: `NSF`, `MAF`, or their names.
+
+    Raises:
+        ValueError: If the flow is another density.
     """
 
-    flow: DensityBuilder = NSF(transforms=2, hidden=50, blocks=1, bins=10, tail_bound=7.0)
+    flow: DensityBuilder | str = NSF(transforms=2, hidden=50, blocks=1, bins=10, tail_bound=7.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flow", resolve_builder(self.flow))
+        if not isinstance(self._builder(2, 1), FlowDensity):
+            raise ValueError(f"Expected a flow, whose noise can be told from its outputs; got {self.flow}.")
+
+    @property
+    def _builder(self) -> DensityBuilder:
+        return resolve_builder(self.flow)
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all.
@@ -83,11 +98,7 @@ class Translation:
         progress: bool = True,
         label: str = "training",
     ) -> list[History]:
-        """Trains flows and then the networks, in place, of each member; see `minimise`.
-
-        Raises:
-            ValueError: If the flow is another density.
-        """
+        """Trains flows and then the networks, in place, of each member; see `minimise`."""
         shape = members[0].train[0].outputs[0].shape[1:]
         turned = [[turn_term(term) for term in member.train] for member in members]
         held = [[turn_term(term) for term in member.validation] for member in members]
@@ -95,9 +106,7 @@ class Translation:
         last = len(turned[0]) - 1
         stages = []
         for level in range(last):
-            flows = [likelihood_network(member, self.flow, options, _KEYS[0] + 10 * level) for member in members]
-            if not isinstance(flows[0].density, FlowDensity):
-                raise ValueError(f"Expected a flow, whose noise can be told from its outputs; got {self.flow}.")
+            flows = [likelihood_network(member, self._builder, options, _KEYS[0] + 10 * level) for member in members]
             learners = [
                 Member(flow, [rows], [pool_level(own, level)] if own else [],
                        child_seed(member.seed, _KEYS[1], level))
@@ -130,28 +139,31 @@ class Translation:
 
 @torch.no_grad()
 def _translate(rows: Term, terms: Sequence[Term], level: int, flow: ConditionalDensity, seed: int) -> Term:
-    """Rows of the level below as rows of this one, and all that is known of it otherwise."""
+    """Rows of the level below as rows of this one, and all that is known of it otherwise; on the CPU."""
+    flow = copy.deepcopy(flow).cpu()
     own = terms[level]
     assert own.coarse_input is not None
     generator = torch.Generator().manual_seed(seed)
     flow.eval()
     # The last rows are the coarse halves of this level's pairs: their translation is known.
     below = Term(rows.input[: -len(own)], rows.fine[: -len(own)], of_outputs=True)
-    pick = torch.randperm(len(own), generator=generator)[:_MOST_PAIRS].to(own.input.device)
+    pick = torch.randperm(len(own), generator=generator)[:_MOST_PAIRS]
     pairs = own.rows(pick)
     at = _features(flow, own.coarse_input[pick], pairs.fine)
     difference = pairs.input - own.coarse_input[pick]
-    shift, scale = difference.mean(0), difference.std(0)
+    correction = min(len(pairs) - 1, 1)
+    shift, scale = difference.mean(0), difference.std(0, correction=correction)
     scale = scale.where(scale > 0, 1.0)
     process = GaussianProcess.fit(_per_output(at, pairs), ((difference - shift) / scale).T)
     residuals = process.residuals.T.to(scale) * scale
-    spread = at.std(0).clamp_min(1e-6)
+    spread = at.std(0, correction=correction)
+    spread = spread.where(spread > 0, 1.0)
     translated = []
     for x, theta in zip(below.input.split(_ROWS), below.fine.split(_ROWS), strict=True):
         features = _features(flow, x, theta)
         mean = process(_per_output(features, Term(x, theta))).T.to(x)
         apart = torch.cdist(features / spread, at / spread).square() / (_NEAR**2 * features.shape[1])
-        near = torch.multinomial((-apart / 2).softmax(1).cpu(), 1, generator=generator)[:, 0].to(x.device)
+        near = torch.multinomial((-apart / 2).softmax(1), 1, generator=generator)[:, 0]
         translated.append(x + shift + scale * mean + residuals[near])
     return pool_level([Term(torch.cat([*translated, own.input]), torch.cat([below.fine, own.fine]), of_outputs=True),
                        *terms[level + 1:]], 0)

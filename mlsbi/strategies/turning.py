@@ -46,4 +46,4 @@ def likelihood_network(
     with seeded(child_seed(member.seed, key)):
         network = ConditionalDensity(density, *sides)
     network.density.to(options.dtype)
-    return network.to(row.input.device)
+    return network.to(member.network.input_scaler.mean.device)

@@ -3,7 +3,7 @@ r"""What happened in a training."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,9 @@ class History:
         stages: Best epoch of each stage, counted from the stage's first.
         notes: What was done otherwise than asked or needs saying, and what compiling brought.
         labels: What each stage trained on, where there are several.
-        mixture: Where several strategies were mixed, one record each: its name, weight, held-out score and standard
-            error, last stage, and seconds.
+        mixture: Where several strategies were mixed, one record each, in the order of the mixture's parts: its name,
+            weight, own loss on held-out rows (`None` where it could not be trained) and its standard error, its first
+            stage and the one after its last, and seconds.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -48,6 +49,13 @@ class History:
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     mixture: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> History:
+        """A history from what `dataclasses.asdict` made of it and JSON kept."""
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) and name != "epochs" else value
+                                  for name, value in saved.items()}
+        return cls(**fields)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per epoch."""

@@ -453,10 +453,7 @@ class _Run:
             raise CheckpointError(f"The checkpoint is of a training on {told['device']}, where the masks of dropout "
                                   f"are drawn otherwise than on {self.device.type}. Go on there, or delete it to "
                                   "train from the start.")
-        self.histories = [History(**{**saved, **{name: tuple(saved[name]) for name in
-                                                 ("n_train", "n_validation", "stages", "notes", "labels",
-                                                  "mixture")}})
-                          for saved in told["histories"]]
+        self.histories = [History.read(saved) for saved in told["histories"]]
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")

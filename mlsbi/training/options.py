@@ -24,7 +24,7 @@ class TrainingOptions:
         epochs: Most passes over the rows.
         patience: Epochs without a better held-out loss before training stops.
         validation_fraction: Share of each term's rows held out, pairs kept together; 0 trains all epochs on all rows
-            and keeps the last weights.
+            and keeps the last weights. Ensembles of `"auto"` and `"emulation"` hold out one part per member instead.
         cross_fit: Whether the epoch to stop at is chosen on every row, each scored by networks not trained on it,
             instead of on one held-out part. An ensemble then stops all members at their common best epoch. A single
             network is preceded by `1 / validation_fraction` others that choose the epoch, and then trained on all

@@ -40,9 +40,9 @@ def make_data(n=(200, 40), low="close", seed=0):
     return MultilevelData.from_arrays(levels)
 
 
-def fit(strategy, data=None, kind=NPE, ensemble=None, options=QUICK, seed=1):
+def fit(strategy, data=None, kind=NPE, ensemble=None, options=QUICK, seed=1, **more):
     made = kind(PRIOR, strategy=strategy, density=SMALL, training=options, seed=seed)
-    return made.fit(make_data() if data is None else data, ensemble, progress=False)
+    return made.fit(make_data() if data is None else data, ensemble, progress=False, **more)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def test_weights_follow_what_rows_of_the_finest_level_say():
         assert network.weights.tolist() == pytest.approx(weights)
     # As good as the better one, whose networks it uses alone.
     only = fit(SingleLevel(-1), make_data(low="contrary"), ensemble=5, options=replace(QUICK, cross_fit=True))
-    theta, x = torch.rand(200, 1, generator=torch.Generator().manual_seed(9)), None
+    theta = torch.rand(200, 1, generator=torch.Generator().manual_seed(9))
     x = theta + 0.1 * torch.randn(200, 2, generator=torch.Generator().manual_seed(10))
     one, other = (float(e.posterior().log_prob_batched(theta[None], x).mean()) for e in (npe, only))
     assert abs(one - other) < 0.1  # rows were pooled before they were split there
@@ -127,9 +127,9 @@ def test_a_mixture_is_saved_and_read_back(tmp_path):
     again = mlsbi.load(tmp_path)
     assert again.strategy == npe.strategy
     assert again.history.mixture == npe.history.mixture
-    for one, other in ((npe, again),):
-        assert torch.equal(one.posterior(X[0]).log_prob(THETA), other.posterior(X[0]).log_prob(THETA))
-        assert torch.equal(one.posterior(X[0]).sample((9,), seed=3), other.posterior(X[0]).sample((9,), seed=3))
+    one, other = npe.posterior(X[0]), again.posterior(X[0])
+    assert torch.equal(one.log_prob(THETA), other.log_prob(THETA))
+    assert torch.equal(one.sample((9,), seed=3), other.sample((9,), seed=3))
 
 
 def test_seeds_reproduce_and_differ():
@@ -141,11 +141,26 @@ def test_seeds_reproduce_and_differ():
 
 def test_a_candidate_that_fails_gets_no_weight_and_is_told():
     npe = fit(Auto((Failing(), SingleLevel(-1))))
-    assert [part["strategy"] for part in npe.history.mixture] == ["SingleLevel"]
+    assert [(part["strategy"], part["weight"], part["held_out"] is None) for part in npe.history.mixture] == [
+        ("Failing", 0.0, True), ("SingleLevel", 1.0, False)]  # in the order of the mixture's parts
     assert npe.networks[0].weights.tolist() == [0.0, 1.0]
     assert any("Failing got no weight" in note and "it never works" in note for note in npe.history.notes)
     with pytest.raises(TrainingError, match="No strategy could be trained: Failing: it never works"):
         fit(Auto((Failing(),)))
+
+
+@pytest.mark.parametrize("kind", [NPE, NLE])
+@pytest.mark.parametrize(("pairs", "ensemble"), [(2, 2), (3, 2), (2, 5)])
+def test_two_pairs_leave_out_what_needs_more(kind, pairs, ensemble):
+    fitted = fit(Auto(), make_data(n=(40, pairs)), kind=kind, options=TrainingOptions(epochs=2), ensemble=ensemble)
+    assert sum(part["weight"] for part in fitted.history.mixture) == pytest.approx(1.0)
+
+
+def test_names_of_any_length_do_not_trouble_a_checkpoint(tmp_path):
+    two = tuple(Emulation(((SMALL, SingleLevel(-1)),), rows=rows) for rows in (32, 64))
+    first, again = (fit(Auto(two), options=TrainingOptions(epochs=2), checkpoint=tmp_path) for _ in range(2))
+    assert first.history.mixture[0]["strategy"] != first.history.mixture[1]["strategy"]
+    assert torch.equal(first.posterior(X[0]).log_prob(THETA), again.posterior(X[0]).log_prob(THETA))
 
 
 @pytest.mark.parametrize("strategy", [Auto(), Emulation()], ids=["Auto", "Emulation"])

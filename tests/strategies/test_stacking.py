@@ -51,6 +51,26 @@ def test_pseudo_rows_are_shares_that_rows_outweigh():
     assert many == (1.0, 0.0)
 
 
+def test_many_equal_candidates_share_the_weight():
+    weights = stack_densities(Scores(torch.zeros(25, 40))).weights
+    assert weights == pytest.approx((0.04,) * 25)
+
+
+def test_a_row_that_no_candidate_explains_says_nothing():
+    good, bad = torch.zeros(200), torch.full((200,), -3.0)
+    good[0] = bad[0] = -torch.inf
+    assert stack_densities(Scores(torch.stack([good, bad]))).weights == (1.0, 0.0)
+
+
+def test_rows_held_out_by_several_members_count_once():
+    better, worse = draws(6), draws(6) - 0.5
+    once = stack_densities(Scores(torch.stack([better, worse])))
+    parts = [Scores(torch.stack([better[rows], worse[rows]]), most=6) for rows in (slice(4), slice(2, 6), slice(6))]
+    several = stack_densities(Scores.joined([*parts, Scores(torch.stack([better[:2], worse[:2]]), most=6)]))
+    assert (once.rows, several.rows) == (6, 6)
+    assert several.weights == pytest.approx(once.weights, abs=0.02)  # the difference is the same in every row
+
+
 def test_few_rows_leave_weights_near_equal_and_many_do_not():
     better, worse = torch.zeros(1000), torch.full((1000,), -0.7)
     few, many = (stack_densities(Scores(torch.stack([better[:n], worse[:n]]))).weights for n in (2, 1000))

@@ -44,7 +44,6 @@ def translated(monkeypatch, data, *, options=None, strategy=None, kind=NLE, ense
 def law(rows, fitted):
     """Intercept, slope and width of outputs given theta, by least squares."""
     network = fitted.networks[0]
-    network = fitted.networks[0]
     x, theta = network.input_scaler.inverse(rows.input)[:, 0], network.condition_scaler.inverse(rows.fine)[:, 0]
     design = torch.stack([torch.ones_like(theta), theta], 1)
     line = torch.linalg.lstsq(design, x).solution
@@ -66,16 +65,29 @@ def test_the_control_of_levels_that_share_nothing_still_has_the_right_law(monkey
     assert width == pytest.approx(0.6, abs=0.15)
 
 
-def test_shared_noise_is_what_it_lives_on():
-    """By the same twenty pairs: a residual is left where levels do not share their noise, and none where they do."""
-    left = {}
+@pytest.mark.parametrize("dim", [2, 9])
+def test_what_noise_explains_is_not_left_to_chance(monkeypatch, dim):
+    """Cheap rows and their translations go up and down together, by as much as the levels share."""
+    alike = {}
     for shared in (True, False):
-        own = stack((200, 20), shared=shared).levels[1]
-        features = torch.cat([(own.coarse - own.theta) / 0.3, own.theta], 1)
-        process = translation.GaussianProcess.fit(features[None], (own.fine - own.coarse).T)
-        left[shared] = float(process.residuals.std())
-    assert left[True] < 0.05
-    assert left[False] > 0.3
+        data = stack((300, 60), shared=shared, dim=dim)
+        seen = watch(monkeypatch)
+        NLE(PRIOR, strategy=Translation(FLOW), density=SMALL, training=TrainingOptions(epochs=40, learning_rate=5e-3),
+            seed=0).fit(data, progress=False)
+        before, after = seen[-2][0].train[0], seen[-1][0].train[0]
+        x, y, theta = before.input[:240, 0], after.input[:240, 0], after.fine[:240]
+        assert torch.equal(before.fine[:240], theta)
+        design = torch.cat([torch.ones(240, 1), theta], 1)
+        x, y = (part - design @ torch.linalg.lstsq(design, part).solution for part in (x, y))
+        alike[shared] = float(torch.corrcoef(torch.stack([x, y]))[0, 1])
+    assert alike[True] > 0.95
+    assert alike[False] < 0.6
+
+
+@pytest.mark.parametrize("n", [(60, 2), (60, 3)])
+def test_two_pairs_are_few_but_no_error(n):
+    fitted = NLE(PRIOR, strategy=Translation(FLOW), density=SMALL, training=QUICK, seed=0).fit(stack(n), progress=False)
+    assert fitted.likelihood.log_prob(torch.zeros(1, 1), torch.zeros(1, 1)).isfinite().all()
 
 
 @pytest.mark.parametrize("levels", [2, 3])
@@ -115,7 +127,8 @@ def test_fewer_levels_longer_outputs_and_other_densities_are_refused():
     with pytest.raises(ValueError, match="at most 64 numbers"):
         NPE(PRIOR, strategy=Translation(), seed=0).fit(stack((20, 10), dim=65), progress=False)
     with pytest.raises(ValueError, match="whose noise can be told"):
-        NPE(PRIOR, strategy=Translation(SMALL), seed=0).fit(stack((20, 10)), progress=False)
+        Translation(SMALL)
+    assert Translation("maf") == Translation(MAF())
 
 
 @pytest.mark.slow
