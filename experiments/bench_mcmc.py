@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from runner import summarise, write_result
 
-from mlsbi import NLE, tasks
+from mlsbi import NLE, TrainingOptions, tasks
 from mlsbi.inference.mcmc_posterior import MCMCPosterior
 from mlsbi.simulation.sets import simulate_sets
 from mlsbi.store.records import TEST_STREAM
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     options = parser.parse_args()
     task = tasks.get("g_and_k")
-    nle = NLE(task.prior, density=task.density, x_transform=task.x_transform, seed=0)
+    training = TrainingOptions(learning_rate=5e-4, patience=30)
+    nle = NLE(task.prior, density=task.density, x_transform=task.x_transform, training=training, seed=0)
     nle.fit(task.simulate((10_000, 300), 0), progress=False)
     cells: dict[str, list[dict[str, Any]]] = {"neural": [], "exact": []}
     for seed in range(options.seeds):

@@ -39,6 +39,7 @@ from theory_checks.stacks import box_prior, normal_prior
 
 TASKS = ("ou", "ou2", "g_and_k", "toggle_switch")
 STEPS = {"64 + 8 rows": (64, 8), "1000 + 100 rows": (1000, 100)}
+TRAINING = TrainingOptions(learning_rate=5e-4, patience=30)  # as when these were measured first
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {}, "rescale": {"rescale": True}, "project": {"project": True},
     "rescale + project": {"rescale": True, "project": True}, "correction_limit 1": {"correction_limit": 1.0},
@@ -140,9 +141,7 @@ def adjusted(seeds: list[int], rows: int, repetitions: int) -> dict[str, Any]:
         cells: dict[str, dict[str, list[float]]] = {}
         for seed in seeds:
             theta, x = simulate_level(stack, 0, 1000, seed=child_seed(seed, 1), stream=0)
-            options = TrainingOptions(learning_rate=5e-4, patience=30)
-            if epochs is not None:
-                options = replace(options, epochs=epochs, validation_fraction=0.0)
+            options = TRAINING if epochs is None else replace(TRAINING, epochs=epochs, validation_fraction=0.0)
             npe = NPE(stack.prior, strategy="low", training=options, seed=seed)
             npe.fit(MultilevelData.from_arrays([(theta, x)]), progress=False)
             gradients = measure(stack, Gradient(npe, "npe", most=300, seed=seed), rows=rows, seed=seed)
@@ -165,7 +164,7 @@ def activations(seeds: list[int], rows: int) -> dict[str, Any]:
         slopes: dict[str, list[float]] = {"loss": [], "gradient": [], "jumping": []}
         for seed in seeds:
             theta, x = simulate_level(stack, 0, 1000, seed=child_seed(seed, 1), stream=0)
-            npe = NPE(stack.prior, strategy="low", density=name, seed=seed)
+            npe = NPE(stack.prior, strategy="low", density=name, training=TRAINING, seed=seed)
             npe.fit(MultilevelData.from_arrays([(theta, x)]), progress=False)
             gradient = measure(stack, Gradient(npe, "npe", most=300, seed=seed), rows=rows, seed=seed)
             loss = replace(gradient, integrand=Loss(npe, "npe"))

@@ -383,6 +383,16 @@ def test_bad_requests_stop_before_anything_is_run(arguments, match, capsys, tmp_
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["one.py"]
 
 
+@pytest.mark.parametrize("strategy", ["multilevel,translation", "emulation"])
+def test_outputs_too_long_for_a_strategy_stop_before_anything_is_run(strategy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.py").write_text(STACK.replace("theta + noise", "(theta + noise).repeat(1, 33)"))
+    assert main(["run", "two.py:stack", "--n", "50,10", "--strategy", strategy]) == 2
+    said = capsys.readouterr().err
+    assert f"Strategy '{strategy.split(',')[-1]}': Expected outputs of at most 64 numbers" in said
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["two.py"]
+
+
 def test_an_observation_of_the_wrong_shape_stops_before_anything_is_run(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros(4))
     assert main(["run", "ou", "--n", "50,5", "--x-o", str(tmp_path / "x.npy"), "--out", str(tmp_path / "out")]) == 2

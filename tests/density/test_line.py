@@ -31,6 +31,18 @@ def test_shift_takes_the_line_away_and_puts_it_back():
     assert torch.equal(log_det, torch.zeros(len(x)))
 
 
+def test_a_shift_keeps_all_digits_in_mixed_precision():
+    x, condition, slope = rows(n=10)
+    shift = Shift(2, 3)
+    with torch.no_grad():
+        shift.weight.copy_(slope)
+        whole, _ = shift(x, condition)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed, log_det = shift(x, condition)
+    assert torch.equal(whole, mixed)
+    assert log_det.dtype == torch.float32
+
+
 @pytest.mark.parametrize("builder", DENSITIES, ids=str)
 def test_a_density_with_a_line_is_normalised_and_learns_a_line_in_few_steps(builder):
     x, condition, _ = rows()

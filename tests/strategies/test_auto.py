@@ -169,6 +169,16 @@ def test_rows_must_be_held_out(strategy):
         fit(strategy, options=replace(QUICK, validation_fraction=0.0))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("strategy", "kind"), [("auto", NPE), ("auto", NLE), ("emulation", NPE), ("translation", NPE)])
+def test_on_a_gpu(strategy, kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    made = kind(PRIOR, strategy=strategy, density=SMALL, training=TrainingOptions(epochs=3), device="cuda", seed=0)
+    made.fit(make_data(), 2, progress=False)
+    assert all(parameter.is_cuda for network in made.networks for parameter in network.parameters())
+
+
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="at least one candidate"):
         Auto(())
