@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import mlsbi
+from mlsbi import TrainingOptions
 from mlsbi.cli.main import main
+from mlsbi.cli.requests import RunRequest
 
 QUICK = ["--quiet", "--ensemble", "1", "--seed", "1"]
 
@@ -50,6 +53,13 @@ def run_folder(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def few_epochs(monkeypatch):
+    """What is tested does not depend on how well networks are trained."""
+    monkeypatch.setattr("mlsbi.cli.requests.RunRequest", partial(RunRequest, training=TrainingOptions(epochs=15)))
+
+
+@pytest.mark.usefixtures("few_epochs")
 def test_auto_runs_and_its_report_says_what_it_weighted(tmp_path):
     (tmp_path / "mine.py").write_text(STACK)
     out = tmp_path / "out"
@@ -112,6 +122,7 @@ def test_finished_runs_are_not_overwritten(run_folder, capsys):
     assert (run_folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
     out = tmp_path / "planned"
     arguments = ["--budget", "4000", "--pilot", "16", "--tests", "20", "--out", str(out), *QUICK]
@@ -169,6 +180,7 @@ def test_an_own_stack_on_several_processes_and_with_tests(tmp_path):
     assert "30 further runs of the finest level" in (out / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_strategies_are_compared_on_one_data_set(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--strategy", "multilevel,transfer,high,low", "--n", "120,12", "--tests", "25", "--draws", "100"]
