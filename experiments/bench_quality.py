@@ -48,7 +48,7 @@ from mlsbi.plots.style import COLOURS, GREY, TRUTH, add_legend, dress, new_figur
 from mlsbi.tasks import Task
 from mlsbi.tasks.toggle_switch import LARGEST
 
-METHOD = {"published": 1, "reference": 1, "auto": 2}  # and what `Auto` mixes goes with it
+METHOD = {"published": 1, "reference": 1, "posterior": 2, "likelihood": 2}  # the last two of `Auto` and what it mixes
 NAME = "bench_quality"
 TEST_ROWS, LIKELIHOOD_ROWS, THETAS, DRAWS = 1000, 20_000, 200, 500
 CALIBRATED, REGION_DRAWS = 250, 99
@@ -70,6 +70,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     reference: int | None = None
     target: float | None = None
+    kind: str = "posterior"
 
 
 ROWS = {
@@ -79,9 +80,9 @@ ROWS = {
     "ou with X_0, 100 pairs": Row("ou", (1000, 100), 500, {"parameters": 4}, target=-1.0),
     "g_and_k posterior, 10 pairs": Row("g_and_k", (1000, 10), 800, {"x": "quantiles"}, 10_000, target=2.2),
     "g_and_k posterior, 100 pairs": Row("g_and_k", (1000, 100), 800, {"x": "quantiles"}, 10_000, target=1.0),
-    "g_and_k likelihood, 50 pairs": Row("g_and_k", (10_000, 50), 1000, target=0.20),
-    "g_and_k likelihood, 300 pairs": Row("g_and_k", (10_000, 300), 1000, target=0.10),
-    "toggle_switch, 10000 500 100": Row("toggle_switch", (10_000, 500, 100), 2000),
+    "g_and_k likelihood, 50 pairs": Row("g_and_k", (10_000, 50), 1000, target=0.20, kind="likelihood"),
+    "g_and_k likelihood, 300 pairs": Row("g_and_k", (10_000, 300), 1000, target=0.10, kind="likelihood"),
+    "toggle_switch, 10000 500 100": Row("toggle_switch", (10_000, 500, 100), 2000, kind="likelihood"),
     "camels, 20 pairs": Row("camels", (580, 20), 500, reference=600, target=-1.02),
 }
 QUICK = ("ou, 100 pairs",)
@@ -206,13 +207,13 @@ def run_job(name: str, seeds: Sequence[int], what: str, data: Path | None, folde
             found |= {(seed, strategy): cell for strategy, cell in auto_cells(row, task, seed).items()}
     commit = provenance()["commit"][:10]
     for (seed, strategy), cell in found.items():
-        keep_cell(folder, key(name, seed, strategy), method(strategy), {**cell, "commit": commit})
+        keep_cell(folder, key(name, seed, strategy), method(name, strategy), {**cell, "commit": commit})
     return "\n".join(f"{name}, seed {seed}: {strategy} {cell['score']:.3f}" for (seed, strategy), cell in found.items())
 
 
-def method(strategy: str) -> int:
-    """Version of what a column measures."""
-    return METHOD.get(strategy, METHOD["auto"])
+def method(name: str, strategy: str) -> int:
+    """Version of what a column measures in a row."""
+    return METHOD.get(strategy, METHOD[ROWS[name].kind])
 
 
 def key(name: str, seed: int, strategy: str) -> str:
@@ -227,12 +228,12 @@ def known_cells(seeds: Sequence[int], folder: Path) -> dict[tuple[str, int, str]
     kept = json.loads(path.read_text()) if path.is_file() else {}
     for name, by_strategy in kept.get("cells", {}).items():
         for strategy, cells in by_strategy.items():
-            if kept["method"][strategy] == method(strategy):
+            if kept["method"][name][strategy] == method(name, strategy):
                 found |= {(name, int(seed), strategy): cell for seed, cell in cells.items()}
     for name in ROWS:
         for seed in seeds:
             for strategy in (*COLUMNS, "reference"):
-                cell = read_cell(folder, key(name, seed, strategy), method(strategy))
+                cell = read_cell(folder, key(name, seed, strategy), method(name, strategy))
                 if cell is not None:
                     found[name, seed, strategy] = cell
     return found
@@ -278,7 +279,7 @@ def gather(cells: Mapping[tuple[str, int, str], dict[str, Any]], names: Sequence
             first = next(iter(own["reference"].values()))
             entry["floor"], entry["prior"] = first.get("kind"), first.get("prior")
         table[name] = entry
-    methods = {strategy: method(strategy) for strategy in (*COLUMNS, "reference")}
+    methods = {name: {strategy: method(name, strategy) for strategy in own} for name, own in raw.items()}
     return {"method": methods, "columns": COLUMNS, "table": table, "cells": raw}
 
 
