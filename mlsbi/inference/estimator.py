@@ -310,5 +310,3 @@ class Estimator(ABC):
     def __repr__(self) -> str:
         state = f"{len(self.networks)} networks" if self.networks else "not trained"
         return f"{type(self).__name__}({self.strategy}, {self.builder}, {state})"
-
-

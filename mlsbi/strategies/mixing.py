@@ -163,5 +163,7 @@ def _history(names: Sequence[str], found: Sequence[History | str], stacking: Sta
             why += f", corrected by {stacking.factor:.2f} times their coarse halves'"
         notes.append(f"mixed {told}, {why}: the mixture has a held-out loss of {-stacking.score:.3f}, the best of them "
                      f"alone {-max(stacking.scores):.3f}")
+    if stacking.lost:
+        notes.append(f"{stacking.lost} held-out rows were left out of all this: no strategy gives them a finite density")
     # Which epoch was kept is told per candidate; the loss is the mixture's.
     return replace(joined, best_loss=-stacking.score, notes=tuple(notes), mixture=tuple(mixture))

@@ -46,7 +46,7 @@ class Scores:
     @property
     def rows(self) -> int:
         """Different rows of the finest level."""
-        return min(self.fine.shape[1], self.fine.shape[1] if self.most is None else self.most)
+        return self.fine.shape[1] if self.most is None else min(self.fine.shape[1], self.most)
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
@@ -69,6 +69,7 @@ class Stacking:
         standard_errors: Of these.
         rows: Different held-out rows of the finest level.
         factor: Factor of the control variate; 0 where none was used.
+        lost: Scored rows at which no candidate has a finite density, which are left out.
     """
 
     weights: tuple[float, ...]
@@ -77,6 +78,7 @@ class Stacking:
     standard_errors: tuple[float, ...]
     rows: int
     factor: float = 0.0
+    lost: int = 0
 
 
 def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) -> Stacking:
@@ -87,7 +89,8 @@ def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) 
 
     Args:
         scores: Held-out log densities. Candidates with a score that is not a number, or minus infinity at every row,
-            get no weight; rows at which none has a finite score are left out.
+            get no weight; rows at which none has a finite score are left out
+            and counted.
         pseudo_rows: One number per candidate; a quarter of a row each when left out.
 
     Raises:
@@ -136,7 +139,7 @@ def stack_densities(scores: Scores, pseudo_rows: Sequence[float] | None = None) 
     whole[index] = weights
     errors = fine.std(1) / math.sqrt(scores.rows) if fine.shape[1] > 1 else torch.full((len(fine),), math.nan)
     return Stacking(tuple(whole.tolist()), _mix(weights, found).mean().item(), tuple(fine.mean(1).tolist()),
-                    tuple(errors.tolist()), scores.rows, factor)
+                    tuple(errors.tolist()), scores.rows, factor, int((~told).sum()))
 
 
 def _mix(weights: Tensor, log_densities: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def test_many_equal_candidates_share_the_weight():
 def test_a_row_that_no_candidate_explains_says_nothing():
     good, bad = torch.zeros(200), torch.full((200,), -3.0)
     good[0] = bad[0] = -torch.inf
-    assert stack_densities(Scores(torch.stack([good, bad]))).weights == (1.0, 0.0)
+    found = stack_densities(Scores(torch.stack([good, bad])))
+    assert found.weights == (1.0, 0.0)
+    assert found.lost == 1
 
 
 def test_rows_held_out_by_several_members_count_once():
