@@ -14,7 +14,7 @@ from mlsbi.density.mixture import DensityMixture
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.stacking import PSEUDO_ROWS, Scores, Stacking, stack_densities
 from mlsbi.training.checkpoints import Checkpoint
-from mlsbi.training.history import History, TrainingError, join_histories
+from mlsbi.training.history import FewRowsError, History, TrainingError, join_histories
 from mlsbi.training.members import Member
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
@@ -89,7 +89,7 @@ def mix_candidates(
         try:
             found.append(candidate.strategy.fit(own, options=options, pooled=True, checkpoint=part, progress=progress,
                                                 label=f"{label}, {candidate.name}"))
-        except (TrainingError, ValueError) as error:
+        except (TrainingError, FewRowsError) as error:
             found.append(str(error))
     trained = [index for index, histories in enumerate(found) if not isinstance(histories, str)]
     if not trained:
@@ -164,6 +164,6 @@ def _history(names: Sequence[str], found: Sequence[History | str], stacking: Sta
         notes.append(f"mixed {told}, {why}: the mixture has a held-out loss of {-stacking.score:.3f}, the best of them "
                      f"alone {-max(stacking.scores):.3f}")
     if stacking.lost:
-        notes.append(f"{stacking.lost} held-out rows were left out of all this: no strategy gives them a finite density")
+        notes.append(f"{stacking.lost} held-out rows were left out of this: no strategy gives them a finite density")
     # Which epoch was kept is told per candidate; the loss is the mixture's.
     return replace(joined, best_loss=-stacking.score, notes=tuple(notes), mixture=tuple(mixture))

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "TrainingError", "join_histories"]
+__all__ = ["FewRowsError", "History", "TrainingError", "join_histories"]
 
 
 class TrainingError(RuntimeError):
     """Training gave no network that could be used."""
+
+
+class FewRowsError(ValueError):
+    """A way of training needs more rows than there are, which another may not."""
 
 
 @dataclass

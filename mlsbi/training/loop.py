@@ -20,7 +20,7 @@ from mlsbi.training.checkpoints import Checkpoint, CheckpointError, fingerprint
 from mlsbi.training.compiling import Compiling
 from mlsbi.training.descent import RECORDED, Descent, Objective, Step
 from mlsbi.training.graphs import CapturedStep
-from mlsbi.training.history import History, TrainingError
+from mlsbi.training.history import FewRowsError, History, TrainingError
 from mlsbi.training.kept import NONFINITE, PATIENCE, RUNNING, Kept
 from mlsbi.training.members import Member, Schedule, at_once
 from mlsbi.training.memory import kept_memory
@@ -507,8 +507,8 @@ def _check(members: Sequence[Member], objective: Objective) -> None:
     if not isinstance(weights, str) and len(weights) != len(terms) - 1:
         raise ValueError(f"Expected {len(terms) - 1} weights, a_0 .. a_(L-1); got {len(weights)}.")
     if weights == "estimated" and min(len(term) for term in terms) < 2:
-        raise ValueError(f"Expected at least 2 training rows a term to estimate weights; got "
-                         f'{[len(term) for term in terms]}. Simulate more pairs, or use weights="unit".')
+        raise FewRowsError("Expected at least 2 training rows a term to estimate weights; got "
+                           f'{[len(term) for term in terms]}. Simulate more pairs, or use weights="unit".')
     if len(terms) > 1 and is_normed(members[0].network):
         raise ValueError("Batch normalisation is not supported in a multilevel loss: the halves of a pair would be "
                          "normalised by different statistics. Use LayerNorm or GroupNorm.")

@@ -156,6 +156,11 @@ def test_two_pairs_leave_out_what_needs_more(kind, pairs, ensemble):
     assert sum(part["weight"] for part in fitted.history.mixture) == pytest.approx(1.0)
 
 
+def test_bad_options_of_a_candidate_are_not_taken_for_a_strategy_that_fails():
+    with pytest.raises(ValueError, match="Expected 1 weights"):
+        fit(Auto((Multilevel((0.5, 0.5)), SingleLevel(-1))))
+
+
 def test_names_of_any_length_do_not_trouble_a_checkpoint(tmp_path):
     two = tuple(Emulation(((SMALL, SingleLevel(-1)),), rows=rows) for rows in (32, 64))
     first, again = (fit(Auto(two), options=TrainingOptions(epochs=2), checkpoint=tmp_path) for _ in range(2))
