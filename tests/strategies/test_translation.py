@@ -80,8 +80,8 @@ def test_what_noise_explains_is_not_left_to_chance(monkeypatch, dim):
         design = torch.cat([torch.ones(240, 1), theta], 1)
         x, y = (part - design @ torch.linalg.lstsq(design, part).solution for part in (x, y))
         alike[shared] = float(torch.corrcoef(torch.stack([x, y]))[0, 1])
-    assert alike[True] > 0.95
-    assert alike[False] < 0.6
+    assert alike[True] > 0.99
+    assert alike[False] < 0.35  # 0.065 by chance; residuals of near pairs bring some of the noise back
 
 
 @pytest.mark.parametrize("n", [(60, 2), (60, 3)])
