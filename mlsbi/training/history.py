@@ -56,10 +56,15 @@ class History:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> History:
-        """A history from what `dataclasses.asdict` made of it and JSON kept."""
-        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) and name != "epochs" else value
-                                  for name, value in saved.items()}
-        return cls(**fields)
+        """A history from what `dataclasses.asdict` made of it and JSON kept.
+
+        Raises:
+            KeyError: `saved` is not a history: it lacks epochs.
+            TypeError: It has a field that no history has.
+        """
+        others: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in saved.items() if name != "epochs"}
+        return cls(epochs=saved["epochs"], **others)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per epoch."""
