@@ -28,6 +28,8 @@ __all__ = ["Auto"]
 
 # Chosen on development seeds, where ten pairs cannot tell: what uses all levels and needs few runs is best most often.
 _PSEUDO_ROWS, _TRUSTED_ROWS = 0.4, 3.3
+# Emulation of 39 outputs learned from 13 rows each was too sure of itself; of 10 from 90 rows each it was best.
+_ROWS_PER_OUTPUT = 30
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Auto:
 
     Args:
         candidates: Strategies to mix. When left out: multilevel, transfer learning, one after the other, the finest
-            level alone and, for outputs of up to 64 numbers, emulation of a posterior and translation for a likelihood;
-            with one level, that alone.
+            level alone and, for outputs of up to 64 numbers, translation for a likelihood or, with 30 rows for each
+            number, emulation for a posterior; with one level, that alone.
         members: Networks of each candidate where no other number is asked for.
         pseudo_rows: Held-out rows that count for each candidate from the start: where pairs are few, weights stay near
             the shares of these. When left out 0.4 each; of the candidates above 3.3 for emulation and translation.
@@ -89,9 +91,11 @@ class Auto:
             return (SingleLevel(-1),)
         found: tuple[Strategy, ...] = (Multilevel(rescale=True, project=True), TransferLearning(),
                                        TransferThenMultilevel(), SingleLevel(-1))
-        if terms[0].outputs[0][0].numel() > MOST_OUTPUTS:
-            return found
-        return (*found, Translation() if terms[0].of_outputs else Emulation())
+        size = terms[0].outputs[0][0].numel()
+        if terms[0].of_outputs:
+            return (*found, Translation()) if size <= MOST_OUTPUTS else found
+        enough = sum(len(term) for term in terms) >= _ROWS_PER_OUTPUT * size
+        return (*found, Emulation()) if size <= MOST_OUTPUTS and enough else found
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all.

@@ -17,9 +17,11 @@ from mlsbi import (
     TrainingOptions,
     TransferLearning,
     TransferThenMultilevel,
+    Translation,
 )
 from mlsbi.density.mixture import DensityMixture
 from mlsbi.training.history import TrainingError
+from mlsbi.training.objective import Term
 
 SMALL = MDN(components=1, hidden=8, layers=1)
 QUICK = TrainingOptions(epochs=40, learning_rate=5e-3)
@@ -119,6 +121,18 @@ def test_one_level_and_long_outputs_leave_candidates_out():
                                                                      torch.rand(10, 65))])
     fitted = fit("auto", long, options=TrainingOptions(epochs=2), ensemble=2)
     assert "Emulation" not in [part["strategy"] for part in fitted.history.mixture]
+
+
+@pytest.mark.parametrize(("rows", "size", "emulates", "translates"), [
+    (1900, 64, True, True), (1980, 65, False, False), (1870, 63, True, True), (1869, 63, False, True),
+])
+def test_default_candidates_depend_on_the_outputs(rows, size, emulates, translates):
+    x, theta, some = torch.zeros(rows, size), torch.zeros(rows, 1), torch.arange(20)
+    posterior = [Term(theta, x), Term(theta[some], x[some], x[some])]
+    likelihood = [Term(x, theta, of_outputs=True), Term(x[some], theta[some], theta[some], x[some], of_outputs=True)]
+    for terms, special in ((posterior, (emulates, False)), (likelihood, (False, translates))):
+        kinds = [type(one) for one in Auto().chosen(terms)]
+        assert (Emulation in kinds, Translation in kinds) == special
 
 
 def test_a_mixture_is_saved_and_read_back(tmp_path):
