@@ -101,6 +101,7 @@ def test_variance_falls_as_the_squared_level_difference(stack, data):
             assert far / near == pytest.approx(10**power, rel=0.1)
 
 
+@pytest.mark.slow
 @properties(30)
 @given(problem=problems(density=SMOOTH, levels=(2, 3)))
 def test_interpolated_levels_have_slope_two(problem):

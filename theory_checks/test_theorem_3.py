@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ ROWS = 600
 STACKS = {"levels": (2, 3), "coupled": None, "gap": (1e-3, 1.0)}
 
 
+@pytest.mark.slow
 @properties(25)
 @given(problem=problems(density=("mdn", "maf", "nsf"), **STACKS), seed=st.integers(0, 2**32 - 1))
 def test_poincare_bound_holds_for_every_parameter_of_a_network(problem, seed):

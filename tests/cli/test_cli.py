@@ -53,17 +53,18 @@ def run_folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def few_epochs(monkeypatch):
-    """What is tested does not depend on how well networks are trained."""
-    monkeypatch.setattr("mlsbi.cli.requests.RunRequest", partial(RunRequest, training=TrainingOptions(epochs=15)))
+@pytest.fixture(scope="module", autouse=True)
+def few_epochs(run_folder):
+    """What most is tested by does not depend on how well networks are trained; the run above is trained in full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlsbi.cli.requests.RunRequest", partial(RunRequest, training=TrainingOptions(epochs=15)))
+        yield
 
 
-@pytest.mark.usefixtures("few_epochs")
 def test_auto_runs_and_its_report_says_what_it_weighted(tmp_path):
     (tmp_path / "mine.py").write_text(STACK)
     out = tmp_path / "out"
-    assert main(["run", f"{tmp_path}/mine.py:stack", "--n", "60,20", "--strategy", "auto", "--tests", "10", "--draws",
+    assert main(["run", f"{tmp_path}/mine.py:stack", "--n", "100,40", "--strategy", "auto", "--tests", "10", "--draws",
                  "50", "--out", str(out), "--quiet", "--ensemble", "2"]) == 0
     network = only(read_results(out))["training"][0]
     assert {part["strategy"] for part in network["mixture"]} >= {"Emulation", "TransferLearning", "Multilevel"}
@@ -107,7 +108,8 @@ def test_report_draws_again(run_folder, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
-def test_the_same_seed_gives_the_same_results(run_folder, tmp_path):
+def test_the_same_seed_gives_the_same_results(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlsbi.cli.requests.RunRequest", RunRequest)
     out = tmp_path / "again"
     main(["run", "ou", "--n", "200,20", "--tests", "30", "--draws", "200", "--out", str(out), *QUICK])
     first, again = (only(read_results(folder)) for folder in (run_folder, out))
@@ -122,7 +124,6 @@ def test_finished_runs_are_not_overwritten(run_folder, capsys):
     assert (run_folder / "results.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("few_epochs")
 def test_a_budget_is_planned_by_a_pilot_and_kept(tmp_path, capsys):
     out = tmp_path / "planned"
     arguments = ["--budget", "4000", "--pilot", "16", "--tests", "20", "--out", str(out), *QUICK]
@@ -180,7 +181,6 @@ def test_an_own_stack_on_several_processes_and_with_tests(tmp_path):
     assert "30 further runs of the finest level" in (out / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("few_epochs")
 def test_strategies_are_compared_on_one_data_set(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--strategy", "multilevel,transfer,high,low", "--n", "120,12", "--tests", "25", "--draws", "100"]
@@ -253,6 +253,7 @@ def test_a_likelihood_of_several_outputs(tmp_path, capsys):
     assert only(read_results(tmp_path / "b"))["checks"] is None  # nothing was touched
 
 
+@pytest.mark.slow
 def test_a_likelihood_where_the_task_has_a_posterior(tmp_path):
     """Normalised by importance sampling, it is scored on the same scale, against the same exact posterior."""
     out = tmp_path / "out"

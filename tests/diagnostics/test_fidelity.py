@@ -60,6 +60,7 @@ def report_on(stack, n=100, costs=None, losses=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_copy_is_worth_more_than_levels_made_worse():
     def copy(theta, noise):
         return finest(theta, noise)
@@ -84,6 +85,7 @@ def test_a_copy_is_worth_more_than_levels_made_worse():
     assert "100 rows show no more about theta that both levels know" in found["useless"].verdict
 
 
+@pytest.mark.slow
 def test_perturbed_levels_are_ordered_by_noise_and_order():
     scores = []
     for extra, reverse in ((0.0, False), (0.3, False), (0.0, True), (3.0, True)):

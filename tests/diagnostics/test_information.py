@@ -27,6 +27,7 @@ def test_information_between_gaussians_is_exact(width):
     assert coupled.mean > exact + 1  # negative control: the same noise in both
 
 
+@pytest.mark.slow
 def test_information_that_is_not_there_is_seldom_above_the_control():
     found = []
     for seed in range(8):
@@ -86,6 +87,7 @@ def test_another_order_keeps_the_information_and_loses_what_is_carried():
     assert reversed_.mean_carried < 0.1 * straight.mean_carried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "least"), [(20, 0.7), (64, 1.5), (100, 1.7)])
 def test_few_rows_find_most_of_what_is_linear(n, least):
     """Ten outputs, each theta and noise, whose mean tells all; squares and products are 55 columns of nothing."""
@@ -153,6 +155,7 @@ def test_alignment_does_not_need_coupled_noise():
     assert reordered.alignment < 0.1
 
 
+@pytest.mark.slow
 def test_coherence_that_is_not_there():
     rng = np.random.default_rng(0)
     found = [coherence(*rng.normal(size=(2, 40, 3)), permutations=20, seed=seed) for seed in range(20)]

@@ -244,6 +244,7 @@ def test_posteriors_with_our_embeddings_reload_without_being_told(tmp_path):
     assert torch.allclose(npe.posterior(x[0]).log_prob(points), npe.posterior(x[0].flip(0)).log_prob(points), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [6, 12])
 def test_many_parameters(dim):
     """Hamiltonian Monte Carlo beyond ten; as many draws as asked; a normaliser whatever draws it is given."""

@@ -200,6 +200,7 @@ def example():
     return module
 
 
+@pytest.mark.slow
 def test_the_example_runs_here_and_goes_on(tmp_path):
     command = [sys.executable, str(EXAMPLES / "cluster.py"), "--local", "--store", str(tmp_path / "store")]
     done = subprocess.run([*command, "--n", "4,2"], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -64,6 +64,7 @@ def test_25_kills(seed):
     assert found["under_way_at_a_kill_and_started_again"] > 0
 
 
+@pytest.mark.slow
 @ON_LINUX
 @pytest.mark.parametrize("whom", ["group", pytest.param("process", marks=pytest.mark.slow)])
 def test_interrupted_from_the_keyboard(whom):

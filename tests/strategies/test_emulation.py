@@ -34,6 +34,7 @@ def test_the_posterior_is_that_of_the_finest_level_from_few_runs():
         assert 0.75 < float(draws.std()) / 0.5 < 1.35
 
 
+@pytest.mark.slow
 def test_the_control_without_runs_of_the_finest_level_is_wrong():
     npe = NPE(PRIOR, strategy=Emulation(((LINEAR, SingleLevel(0)),)), seed=0,
               training=TrainingOptions(learning_rate=5e-3))
