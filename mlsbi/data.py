@@ -24,7 +24,8 @@ class LevelData:
     Args:
         theta: Parameters, shape `(n, D)`.
         fine: Outputs of this level at `theta`, shape `(n, ...)`.
-        coarse: Outputs of the level below at the same `theta` and noise, same shape; `None` at level 0.
+        coarse: Outputs of the level below at the same `theta` and noise, same shape; `None` at level 0, and where
+            levels were simulated apart.
     """
 
     theta: Tensor
@@ -75,7 +76,8 @@ class MultilevelData:
         r"""Builds data from simulations that exist already.
 
         Args:
-            levels: `(theta, x)` for level 0, then `(theta, fine, coarse)` per level; arrays or tensors.
+            levels: `(theta, x)` for level 0, then `(theta, fine, coarse)` per level, or `(theta, fine)` where levels
+                were simulated apart (strategies that need no pairs can use those); arrays or tensors.
             names: Level names; `level 0, level 1, ...` when left out.
 
         Raises:
@@ -85,9 +87,8 @@ class MultilevelData:
             raise ValueError("Expected at least one level: levels=[(theta, x), (theta, fine, coarse), ...].")
         parsed = []
         for index, arrays in enumerate(levels):
-            expected = 2 if index == 0 else 3
-            if len(arrays) != expected:
-                what = "(theta, x)" if index == 0 else "(theta, fine, coarse)"
+            if len(arrays) not in ((2,) if index == 0 else (2, 3)):
+                what = "(theta, x)" if index == 0 else "(theta, fine, coarse) or (theta, fine)"
                 raise ValueError(f"Expected {what} for level {index}; got {len(arrays)} arrays.")
             parsed.append(LevelData(*(_to_tensor(array) for array in arrays)))
         n = [len(level) for level in parsed]
@@ -97,7 +98,8 @@ class MultilevelData:
             levels=tuple(parsed),
             names=tuple(names) if names is not None else tuple(f"level {i}" for i in range(len(n))),
             failures=(0,) * len(n),
-            runs=count_runs(n),
+            runs=tuple(own + len(above) if above is not None and above.coarse is not None else own
+                       for own, above in zip(n, (*parsed[1:], None), strict=True)),
         )
         data.check()
         return data

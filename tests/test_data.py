@@ -72,6 +72,16 @@ def test_runs_count_both_halves():
     assert MultilevelData.from_arrays(make()).runs == (14, 4)
 
 
+def test_levels_may_be_simulated_apart(tmp_path):
+    (theta, x), (other, fine, _) = make()
+    data = MultilevelData.from_arrays([(theta, x), (other, fine)])
+    assert data.runs == (10, 4)
+    assert data.levels[1].coarse is None
+    loaded = MultilevelData.load(data.save(tmp_path / "apart"))
+    assert loaded.levels[1].coarse is None
+    assert torch.equal(loaded.levels[1].fine, fine)
+
+
 def test_integers_become_floats():
     theta = np.ones((2, 1))
     data = MultilevelData.from_arrays([(theta, np.array([[1], [2]]))])
@@ -82,7 +92,7 @@ def test_integers_become_floats():
     ("change", "match"),
     [
         (lambda d: [], "at least one level"),
-        (lambda d: [d[0], d[1][:2]], r"\(theta, fine, coarse\) for level 1"),
+        (lambda d: [d[0], d[1][:1]], r"\(theta, fine, coarse\) or \(theta, fine\) for level 1"),
         (lambda d: [(d[0][0], d[0][1][:5]), d[1]], "fine outputs of shape"),
         (lambda d: [d[0], (d[1][0], d[1][1], d[1][2][:, :2])], "coarse outputs of shape"),
         (lambda d: [(d[0][0], d[0][1] * float("nan")), d[1]], "10 fine rows of level 'level 0' are not"),

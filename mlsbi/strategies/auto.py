@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mlsbi.data import count_runs
 from mlsbi.density.mixture import DensityMixture
+from mlsbi.strategies.coupling import is_coupled
 from mlsbi.strategies.emulation import Emulation
 from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates, tell_apart
 from mlsbi.strategies.multilevel import Multilevel
@@ -45,7 +46,8 @@ class Auto:
     Args:
         candidates: Strategies to mix. When left out: multilevel, transfer learning, one after the other, the finest
             level alone and, for outputs of up to 64 numbers, translation for a likelihood or, with 30 rows for each
-            number, emulation for a posterior; with one level, that alone.
+            number, emulation for a posterior; with one level, that alone. Where levels are not coupled, those that
+            need pairs are left out.
         members: Networks of each candidate where no other number is asked for.
         pseudo_rows: Held-out rows that count for each candidate from the start: where pairs are few, weights stay near
             the shares of these. When left out 0.4 each; of the candidates above 3.3 for emulation and translation.
@@ -89,11 +91,14 @@ class Auto:
             return self.candidates
         if len(terms) == 1:
             return (SingleLevel(-1),)
-        found: tuple[Strategy, ...] = (Multilevel(rescale=True, project=True), TransferLearning(),
-                                       TransferThenMultilevel(), SingleLevel(-1))
+        coupled = is_coupled(terms)
+        found: tuple[Strategy, ...] = (TransferLearning(), SingleLevel(-1))
+        if coupled:
+            found = (Multilevel(rescale=True, project=True), TransferLearning(), TransferThenMultilevel(),
+                     SingleLevel(-1))
         size = terms[0].outputs[0][0].numel()
         if terms[0].of_outputs:
-            return (*found, Translation()) if size <= MOST_OUTPUTS else found
+            return (*found, Translation()) if size <= MOST_OUTPUTS and coupled else found
         enough = sum(len(term) for term in terms) >= _ROWS_PER_OUTPUT * size
         return (*found, Emulation()) if size <= MOST_OUTPUTS and enough else found
 

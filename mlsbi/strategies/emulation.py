@@ -15,6 +15,7 @@ from mlsbi.density.mixture import DensityMixture
 from mlsbi.density.mixture_density import MDN
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.randomness import child_seed, seeded
+from mlsbi.strategies.coupling import is_coupled
 from mlsbi.strategies.mixing import Candidate, check_held_out, mix_candidates, tell_apart
 from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.single_level import SingleLevel
@@ -51,7 +52,8 @@ class Emulation:
     Args:
         emulators: Pairs of a density, or its name, and the strategy that trains it. When left out: a Gaussian, by
             transfer learning with and without multilevel training after it, by the finest level alone and by
-            translation, and a flow by the first and the third of these.
+            translation, and a flow by the first and the third of these; where levels are not coupled, both by transfer
+            learning and by the finest level alone.
         rows: Draws of the emulator that the posterior is trained on and stopped by, at least 2.
         batch_size: Draws in a step.
         learning_rate: Step size of the posterior's training.
@@ -62,14 +64,7 @@ class Emulation:
         ValueError: If a number is out of range, or there is no emulator.
     """
 
-    emulators: tuple[tuple[DensityBuilder | str, Strategy], ...] = (
-        (MDN(components=1), TransferThenMultilevel()),
-        (MDN(components=1), TransferLearning()),
-        (MDN(components=1), SingleLevel(-1)),
-        (MDN(components=1), Translation()),
-        (MAF(transforms=2, line=True), TransferThenMultilevel()),
-        (MAF(transforms=2, line=True), SingleLevel(-1)),
-    )
+    emulators: tuple[tuple[DensityBuilder | str, Strategy], ...] | None = None
     rows: int = 8192
     batch_size: int = 512
     learning_rate: float = 2e-3
@@ -82,10 +77,23 @@ class Emulation:
         if min(self.rows - 1, self.batch_size, self.patience, self.members) < 1 or not self.learning_rate > 0:
             raise ValueError("Expected at least 2 rows, and positive batch_size, patience, members and learning_rate; "
                              f"got {self}.")
+        if self.emulators is None:
+            return
         pairs = tuple((resolve_builder(density), strategy) for density, strategy in self.emulators)
         object.__setattr__(self, "emulators", pairs)
         if not pairs or any(getattr(strategy, "mixes", False) for _, strategy in pairs):
             raise ValueError("Expected at least one emulator, trained by a strategy that does not mix others itself.")
+
+    def chosen(self, terms: Sequence[Term]) -> tuple[tuple[DensityBuilder, Strategy], ...]:
+        """The emulators for such rows."""
+        if self.emulators is not None:
+            return tuple((resolve_builder(density), strategy) for density, strategy in self.emulators)
+        gaussian, flow = MDN(components=1), MAF(transforms=2, line=True)
+        if not is_coupled(terms):
+            return tuple((density, strategy) for density in (gaussian, flow)
+                         for strategy in (TransferLearning(), SingleLevel(-1)))
+        return ((gaussian, TransferThenMultilevel()), (gaussian, TransferLearning()), (gaussian, SingleLevel(-1)),
+                (gaussian, Translation()), (flow, TransferThenMultilevel()), (flow, SingleLevel(-1)))
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
         """The rows this strategy trains on: all.
@@ -97,7 +105,7 @@ class Emulation:
             raise ValueError("Emulation learns a posterior by way of a likelihood. NLE learns the likelihood: use NPE, "
                              "or NLE with another strategy.")
         check_outputs(terms[0])
-        for _, strategy in self.emulators:
+        for _, strategy in self.chosen(terms):
             strategy.terms(terms)
         return list(terms)
 
@@ -129,7 +137,7 @@ class Emulation:
         turned = [replace(member, train=[turn_term(term) for term in member.train], draw=None,
                           validation=[turn_term(term) for term in member.validation],
                           seed=child_seed(member.seed, _KEYS[1])) for member in members]
-        pairs = [(resolve_builder(density), strategy) for density, strategy in self.emulators]
+        pairs = self.chosen(members[0].train)
         names = tell_apart([f"{type(density).__name__} by {type(strategy).__name__}" for density, strategy in pairs],
                            [f"{density} by {strategy}" for density, strategy in pairs])
         candidates = [

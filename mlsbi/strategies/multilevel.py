@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlsbi.data import count_runs
+from mlsbi.strategies.coupling import check_coupled
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History
@@ -53,7 +54,12 @@ class Multilevel:
         object.__setattr__(self, "weights", self._objective().weights)
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:
-        """The rows this strategy trains on."""
+        """The rows this strategy trains on.
+
+        Raises:
+            ValueError: If levels are not coupled.
+        """
+        check_coupled(terms, "Multilevel training")
         return list(terms)
 
     def runs(self, n: Sequence[int]) -> tuple[int, ...]:

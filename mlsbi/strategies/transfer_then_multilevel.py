@@ -49,7 +49,7 @@ class TransferThenMultilevel:
         """The rows this strategy trains on: all.
 
         Raises:
-            ValueError: If there is one level alone, or options do not fit the number of stages.
+            ValueError: If there is one level alone, levels are not coupled, or options do not fit the number of stages.
         """
         return self.multilevel.terms(self.transfer.terms(terms))
 

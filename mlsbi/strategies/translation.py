@@ -22,6 +22,7 @@ from mlsbi.density.conditional import ConditionalDensity
 from mlsbi.density.flows import NSF, FlowDensity
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.randomness import child_seed
+from mlsbi.strategies.coupling import check_coupled
 from mlsbi.strategies.turning import check_outputs, likelihood_network, turn_term
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
@@ -76,10 +77,11 @@ class Translation:
         """The rows this strategy trains on: all.
 
         Raises:
-            ValueError: If there is one level alone, or outputs are too long.
+            ValueError: If there is one level alone, levels are not coupled, or outputs are too long.
         """
         if len(terms) < 2:
             raise ValueError("Expected data of at least 2 levels to translate between; got 1. Use SingleLevel.")
+        check_coupled(terms, "Translation")
         check_outputs(terms[0])
         return list(terms)
 

@@ -135,6 +135,19 @@ def test_default_candidates_depend_on_the_outputs(rows, size, emulates, translat
         assert (Emulation in kinds, Translation in kinds) == special
 
 
+def test_levels_simulated_apart_leave_out_what_needs_pairs():
+    low, high = make_data().levels
+    apart = MultilevelData.from_arrays([(low.theta, low.fine), (high.theta, high.fine)])
+    for kind, last in ((NPE, ["Emulation"]), (NLE, [])):
+        fitted = fit("auto", apart, kind=kind, options=TrainingOptions(epochs=2), ensemble=2)
+        assert [part["strategy"] for part in fitted.history.mixture] == ["TransferLearning", "SingleLevel", *last]
+    for strategy in ("multilevel", "transfer_then_multilevel", Auto((Multilevel(),))):
+        with pytest.raises(ValueError, match="Multilevel training learns from pairs"):
+            fit(strategy, apart)
+    with pytest.raises(ValueError, match="Translation learns from pairs"):
+        fit("translation", apart)
+
+
 def test_a_mixture_is_saved_and_read_back(tmp_path):
     npe = fit(Auto((SingleLevel(-1), Multilevel())))
     npe.save(tmp_path)
