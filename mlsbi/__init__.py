@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlsbi.inference.nle import NLE
     from mlsbi.inference.npe import NPE
     from mlsbi.inference.posteriors import DirectPosterior
+    from mlsbi.inference.sequential import SequentialInference, infer_sequentially
     from mlsbi.levels import Level, LevelStack
     from mlsbi.priors import BoxPrior
     from mlsbi.simulation.adapters import per_sample
@@ -68,6 +69,8 @@ _HOMES = {
     "NLE": "inference.nle",
     "NPE": "inference.npe",
     "DirectPosterior": "inference.posteriors",
+    "SequentialInference": "inference.sequential",
+    "infer_sequentially": "inference.sequential",
     "load": "inference.loading",
     "Level": "levels",
     "LevelStack": "levels",
@@ -95,11 +98,12 @@ _MODULES = ("diagnostics", "plots", "tasks")
 
 __all__ = [  # noqa: PLE0604
     "MAF", "MDN", "NLE", "NPE", "NSF", "AdaptiveCampaign", "Allocation", "Auto", "BoxPrior", "CNNEmbedding",
-    "DirectPosterior", "Emulation", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions", "MCMCPosterior",
-    "MLPEmbedding", "Multilevel", "MultilevelData", "PilotReport", "SetEmbedding", "SimulationError", "SingleLevel",
-    "Store", "StoreError", "TrainingOptions", "TransferLearning", "TransferThenMultilevel", "Translation",
-    "accept_code", "command", "diagnostics", "error_curves", "export_store", "load", "merge_stores", "open_store",
-    "optimal_allocation", "per_sample", "pilot", "plots", "simulate", "simulate_adaptively", "tasks",
+    "DirectPosterior", "Emulation", "ErrorCurve", "Level", "LevelData", "LevelStack", "MCMCOptions",
+    "MCMCPosterior", "MLPEmbedding", "Multilevel", "MultilevelData", "PilotReport", "SequentialInference",
+    "SetEmbedding", "SimulationError", "SingleLevel", "Store", "StoreError", "TrainingOptions", "TransferLearning",
+    "TransferThenMultilevel", "Translation", "accept_code", "command", "diagnostics", "error_curves",
+    "export_store", "infer_sequentially", "load", "merge_stores", "open_store", "optimal_allocation", "per_sample",
+    "pilot", "plots", "simulate", "simulate_adaptively", "tasks",
 ]
 
 

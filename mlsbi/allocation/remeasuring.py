@@ -51,14 +51,14 @@ class Remeasuring:
     device: str | torch.device
     progress: bool
 
-    def measure(self, data: MultilevelData, report: PilotReport, *, seed: int) -> list[Moments]:
+    def measure(self, data: MultilevelData, report: PilotReport | None = None, *, seed: int) -> list[Moments]:
         r"""Moments of each level's term, the last of them its correction.
 
         A pilot's joint rows are measured on at every level. Networks are trained on one half of the rows and scored on
         the other.
 
         Args:
-            data: All rows so far, which begin with the pilot's.
+            data: All rows so far, which begin with the pilot's, if there is one; at least 8 of a level.
             report: The pilot's report.
             seed: Of networks and bootstrap.
         """
@@ -95,7 +95,7 @@ class Remeasuring:
         return measure(folds, seed=seed)
 
 
-def _term_rows(reader: Reader, data: MultilevelData, report: PilotReport) -> list[list[Rows]]:
+def _term_rows(reader: Reader, data: MultilevelData, report: PilotReport | None) -> list[list[Rows]]:
     """Rows of each level's term, and the pilot's joint rows where they are of another term.
 
     A row keeps its place in its set, and so its fold: the finest pairs begin with the joint rows.
@@ -104,7 +104,7 @@ def _term_rows(reader: Reader, data: MultilevelData, report: PilotReport) -> lis
     finest = len(data.levels) - 1
     for index, own in enumerate(data.levels):
         sets = [own]
-        if index < finest:
+        if index < finest and report is not None:
             sets.append(LevelData(report.theta, report.outputs[index], report.outputs[index - 1] if index else None))
         few = [rows.rows(slice(_MOST_ROWS)) for rows in sets if len(rows) >= _FEWEST_SCORED]
         found.append([reader.rows(rows.theta, [rows.fine] if rows.coarse is None else [rows.coarse, rows.fine])

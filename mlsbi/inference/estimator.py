@@ -91,8 +91,8 @@ class Estimator(ABC):
         self.histories: tuple[History, ...] = ()
 
     @abstractmethod
-    def _problem(self, data: MultilevelData) -> Problem:
-        """The rows to train on: what is a density of what."""
+    def _problem(self, data: MultilevelData, proposal: Distribution) -> Problem:
+        """The rows to train on: what is a density of what, and what strategies draw more theta from."""
 
     @abstractmethod
     def _transformed(self) -> str:
@@ -107,6 +107,7 @@ class Estimator(ABC):
         data: MultilevelData,
         ensemble: int | None = None,
         *,
+        proposal: Distribution | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Self:
@@ -117,6 +118,8 @@ class Estimator(ABC):
             ensemble: Networks to train; their equal mixture is used. They differ in initialisation and in the rows
                 held out, which pays most when the pairs are few. The strategy's usual number when left out: 5 for
                 `"auto"` and `"emulation"`, else 1.
+            proposal: What the theta of the data were drawn from where it is not the prior: a truncated prior, inside
+                which the density is that of the posterior. Strategies that draw more theta draw them from it.
             checkpoint: A folder in which the state of the training is kept, every half minute and at the end. Called
                 again with the same data, options and seed, training goes on from there with the same result; the
                 folder may be deleted once the estimator is saved.
@@ -130,7 +133,7 @@ class Estimator(ABC):
                 another training.
             TrainingError: If training gives no network that could be used, or a step does not fit into memory.
         """
-        problem, strategy, members = self._prepare(data, ensemble)
+        problem, strategy, members = self._prepare(data, ensemble, proposal)
         networks, histories = fit_ensemble(
             problem, self.builder, strategy, members=members, embedding=self.embedding,
             options=self.training, device=self.device, seed=self.seed, progress=progress,
@@ -177,7 +180,9 @@ class Estimator(ABC):
         for estimator, own, (networks, histories) in zip(estimators, data, trained, strict=True):
             estimator._accept(own, networks, histories)
 
-    def _prepare(self, data: MultilevelData, ensemble: int | None) -> tuple[Problem, Strategy, int]:
+    def _prepare(
+        self, data: MultilevelData, ensemble: int | None, proposal: Distribution | None = None
+    ) -> tuple[Problem, Strategy, int]:
         """The rows to train on, how, and how many networks, once everything is checked."""
         if not isinstance(data, MultilevelData):
             raise TypeError(f"Expected MultilevelData, as simulate() gives; got {type(data).__name__}. Wrap arrays by "
@@ -189,7 +194,7 @@ class Estimator(ABC):
                                ".strategy before training again.")
         data.check()
         members = getattr(self.strategy, "members", 1) if ensemble is None else ensemble
-        return self._problem(data), self.strategy, members
+        return self._problem(data, self.prior if proposal is None else proposal), self.strategy, members
 
     def _accept(
         self, data: MultilevelData, networks: Sequence[Network], histories: Sequence[History]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.distributions import Distribution
+
 from mlsbi.data import MultilevelData
 from mlsbi.inference.estimator import Estimator
 from mlsbi.inference.likelihoods import NeuralLikelihood
@@ -64,8 +66,8 @@ class NLE(Estimator):
         """
         return MCMCPosterior(self.likelihood, self.prior, self.x_shape, x_o, mcmc=mcmc)
 
-    def _problem(self, data: MultilevelData) -> Problem:
-        return likelihood_problem(data, self.prior, x_transform=self.x_transform, dtype=self.training.dtype)
+    def _problem(self, data: MultilevelData, proposal: Distribution) -> Problem:
+        return likelihood_problem(data, proposal, x_transform=self.x_transform, dtype=self.training.dtype)
 
     def _transformed(self) -> str:
         return "input"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.distributions import Distribution
+
 from mlsbi.data import MultilevelData
 from mlsbi.inference.estimator import Estimator
 from mlsbi.inference.posteriors import DirectPosterior
@@ -52,8 +54,8 @@ class NPE(Estimator):
         self._check_fitted()
         return DirectPosterior(self.networks, self.prior, x_o)
 
-    def _problem(self, data: MultilevelData) -> Problem:
-        return posterior_problem(data, self.prior, x_transform=self.x_transform, embedding=self.embedding,
+    def _problem(self, data: MultilevelData, proposal: Distribution) -> Problem:
+        return posterior_problem(data, proposal, x_transform=self.x_transform, embedding=self.embedding,
                                  dtype=self.training.dtype)
 
     def _transformed(self) -> str:

@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+from mlsbi import BoxPrior
+from mlsbi.inference.truncated import Region, TruncatedPrior, density_region, truncate_prior
+from mlsbi.priors import check_prior, sample_prior
+
+PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0], names=["rate", "shift"])
+
+
+class Bell:
+    """A normal posterior, not truncated to the prior's box, with exact draws and densities."""
+
+    def __init__(self, mean, sd):
+        self.law = Independent(Normal(torch.tensor(mean), torch.tensor(sd)), 1)
+
+    def log_prob(self, theta):
+        return self.law.log_prob(theta)
+
+    def sample(self, shape, seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.law.sample(shape)
+
+
+def ball(mean, radius):
+    """A disc about a mean."""
+    bell = Bell(mean, [1.0, 1.0])
+    return Region(bell, -0.5 * radius**2 - math.log(2 * math.pi))
+
+
+def test_a_region_leaves_out_the_share_asked_for():
+    bell = Bell([0.5, 0.0], [0.1, 0.2])
+    region = density_region(bell, outside=0.05, draws=50_000, seed=0)
+    fresh = bell.sample((50_000,), seed=1)
+    # The density of a normal in two dimensions falls below its 5% quantile outside a radius of 2.448 sd.
+    assert float((~region.holds(fresh)).double().mean()) == pytest.approx(0.05, abs=0.005)
+    edge = torch.tensor([[0.5 + 0.1 * 2.40, 0.0], [0.5 + 0.1 * 2.50, 0.0]])
+    assert region.holds(edge).tolist() == [True, False]
+    assert region.holds(torch.zeros(0, 2)).shape == (0,)
+
+
+def test_draws_are_the_priors_inside():
+    region = ball([0.5, 0.0], 0.3)
+    truncated = truncate_prior(PRIOR, [region], seed=0)
+    share = math.pi * 0.3**2 / 2
+    assert not truncated.resampled
+    assert truncated.acceptance == pytest.approx(share, rel=0.2)
+    draws = sample_prior(truncated, 20_000, seed=1)
+    assert truncated.holds(draws).all()
+    # Uniform in a disc: radius squared is uniform, and so is the angle.
+    away = draws - torch.tensor([0.5, 0.0])
+    ranks = (away.square().sum(1) / 0.09).sort().values
+    grid = (torch.arange(20_000) + 0.5) / 20_000
+    assert float((ranks - grid).abs().max()) < 1.63 / math.sqrt(20_000)  # KS, 1%
+    assert float(away.mean(0).abs().max()) < 4 * 0.15 / math.sqrt(20_000)
+
+
+def test_rows_of_an_earlier_round_that_lie_inside_have_the_law_of_new_ones():
+    """What multilevel rounds rest on, and why regions are nested."""
+    outer, inner = ball([0.5, 0.0], 0.4), ball([0.3, 0.0], 0.3)  # not inside the first by itself
+    first = truncate_prior(PRIOR, [outer], seed=0)
+    second = truncate_prior(PRIOR, [outer, inner], seed=0)
+    old = sample_prior(first, 40_000, seed=1)
+    old, new = old[second.holds(old)], sample_prior(second, 20_000, seed=2)
+    assert outer.holds(new).all()
+    assert inner.holds(new).all()
+    error = (old.var(0) / len(old) + new.var(0) / len(new)).sqrt()
+    assert float(((old.mean(0) - new.mean(0)) / error).abs().max()) < 4
+    # The control: without nesting new rows lie where no old one can.
+    alone = sample_prior(truncate_prior(PRIOR, [inner], seed=0), 20_000, seed=2)
+    assert float(((old.mean(0) - alone.mean(0)) / error).abs().max()) > 20
+
+
+def test_density_and_support():
+    truncated = truncate_prior(PRIOR, [ball([0.5, 0.0], 0.3)], seed=0)
+    points = torch.tensor([[[0.5, 0.0], [0.5, 0.31], [2.0, 0.0]]])
+    log_prob = truncated.log_prob(points)
+    assert log_prob.shape == (1, 3)
+    assert log_prob[0, 0].exp() * math.pi * 0.09 == pytest.approx(1.0, rel=0.2)
+    assert log_prob[0, 1:].tolist() == [-math.inf, -math.inf]
+    assert truncated.names == ("rate", "shift")
+    check_prior(truncated)
+    assert "share 0.1" in repr(truncated)
+    assert truncated.sample().shape == (2,)
+    assert truncated.sample((2, 3)).shape == (2, 3, 2)
+
+
+def test_seeds_reproduce_and_leave_global_state():
+    truncated = truncate_prior(PRIOR, [ball([0.5, 0.0], 0.3)], seed=0)
+    state = torch.get_rng_state()
+    first, again, other = (sample_prior(truncated, 50, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tiny_region_is_drawn_from_by_resampling():
+    bell = Bell([0.5, 0.0], [0.001, 0.001])
+    region = density_region(bell, outside=1e-3, draws=20_000, seed=0)
+    radius = 0.001 * math.sqrt(2 * math.log(1e3))
+    truncated = truncate_prior(PRIOR, [region], seed=0)
+    assert truncated.resampled
+    assert truncated.acceptance == pytest.approx(math.pi * radius**2 / 2, rel=0.4)
+    assert 1 < truncated.effective < 256
+    draws = sample_prior(truncated, 4000, seed=1)
+    assert truncated.holds(draws).all()
+    away = (draws - torch.tensor([0.5, 0.0])) / radius
+    # Nearly uniform in the disc, where a radius squared of 1/2 is the median; the posterior's own would be .1.
+    assert float(away.square().sum(1).median()) == pytest.approx(0.5, abs=0.12)
+
+
+def test_rounds_that_contradict_each_other_are_told():
+    far = [density_region(Bell([0.2, 0.0], [1e-4, 1e-4]), draws=2000, seed=0),
+           density_region(Bell([0.8, 0.0], [1e-4, 1e-4]), draws=2000, seed=0)]
+    with pytest.raises(RuntimeError, match="contradict each other"):
+        truncate_prior(PRIOR, far, seed=0)
+
+
+def test_draws_that_never_come_are_told():
+    with pytest.raises(RuntimeError, match="lie in the truncated prior"):
+        TruncatedPrior(PRIOR, [ball([5.0, 5.0], 0.1)], 0.5).sample((10,))
