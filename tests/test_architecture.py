@@ -43,7 +43,7 @@ ORDER = {
     "inference": ["observations", "ascent", "posteriors", "convergence", "mcmc", "ensemble", "hmc", "evidence",
                   "importance", "mcmc_posterior",
                   "likelihoods", "saving", "estimator", "npe", "nle", "loading", "truncated", "active", "surprise",
-                  "budgeting", "sequential"],
+                  "budgeting", "sequential", "multifidelity_abc"],
     "diagnostics": ["arrays", "metrics", "calibration", "tarp", "two_sample", "predictive", "information",
                     "fidelity"],
     "tasks": ["task", "observations", "quadrature", "ou", "camels", "g_and_k", "toggle_switch", "ou2", "registry"],
