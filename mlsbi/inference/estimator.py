@@ -108,6 +108,7 @@ class Estimator(ABC):
         ensemble: int | None = None,
         *,
         proposal: Distribution | None = None,
+        start: Estimator | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Self:
@@ -120,6 +121,8 @@ class Estimator(ABC):
                 `"auto"` and `"emulation"`, else 1.
             proposal: What the theta of the data were drawn from where it is not the prior: a truncated prior, inside
                 which the density is that of the posterior. Strategies that draw more theta draw them from it.
+            start: A trained estimator of the same kind, density and embedding, whose networks training goes on from,
+                with the units that they read; strategies that mix others cannot.
             checkpoint: A folder in which the state of the training is kept, every half minute and at the end. Called
                 again with the same data, options and seed, training goes on from there with the same result; the
                 folder may be deleted once the estimator is saved.
@@ -134,6 +137,8 @@ class Estimator(ABC):
             TrainingError: If training gives no network that could be used, or a step does not fit into memory.
         """
         problem, strategy, members = self._prepare(data, ensemble, proposal)
+        if start is not None:
+            problem = self._going_on(problem, start, data)
         networks, histories = fit_ensemble(
             problem, self.builder, strategy, members=members, embedding=self.embedding,
             options=self.training, device=self.device, seed=self.seed, progress=progress,
@@ -195,6 +200,14 @@ class Estimator(ABC):
         data.check()
         members = getattr(self.strategy, "members", 1) if ensemble is None else ensemble
         return self._problem(data, self.prior if proposal is None else proposal), self.strategy, members
+
+    def _going_on(self, problem: Problem, start: Estimator, data: MultilevelData) -> Problem:
+        """The problem of networks that go on from another estimator's."""
+        start._check_fitted()
+        shape = tuple(data.levels[0].fine.shape[1:])
+        if type(start) is not type(self) or (start.builder, start.x_shape) != (self.builder, shape):
+            raise ValueError(f"Expected start= of the same kind, density and outputs; got {start}.")
+        return problem.going_on(start.networks)
 
     def _accept(
         self, data: MultilevelData, networks: Sequence[Network], histories: Sequence[History]

@@ -164,6 +164,7 @@ def infer_sequentially(
     keep: Literal["inside", "all"] = "inside",
     outside: float = 1e-6,
     active: float = 0.0,
+    go_on: bool = False,
     density: str | DensityBuilder = "nsf",
     embedding: str | nn.Module | EmbeddingBuilder | None = None,
     x_transform: Transform = "none",
@@ -188,8 +189,8 @@ def infer_sequentially(
     round divides its part of the budget by the variances of the corrections inside the truncated prior.
 
     The published methods are this function with other options: TSNPE has a stack of the finest level alone; MF-TSNPE
-    `strategy="transfer"`, `keep="all"` and all runs of the cheap level in the first round, such as
-    `n=[(10_000, 10), (0, 10), (0, 10)]`; MF-TSNPE-AF has `active=0.2` and an ensemble of 5 beside that.
+    `strategy=("transfer", "high", "high")`, `go_on=True`, `keep="all"` and all runs of the cheap level in the first
+    round, such as `n=[(10_000, 10), (0, 10), (0, 10)]`; MF-TSNPE-AF `active=0.2` and `ensemble=5` beside that.
 
     With a `folder` every simulation and every round's networks are kept, and the same call goes on where it stopped.
 
@@ -209,6 +210,8 @@ def infer_sequentially(
         outside: Share of q's draws outside each region; with 100 000 draws less than 1e-5 is their lowest density.
         active: Share of a later round's theta at which the ensemble disagrees most, out of 10 000 prior draws. They
             do not follow the prior; no correction is made, as published.
+        go_on: Whether the networks of later rounds go on from those of the round before; where strategies mix others,
+            they cannot.
         density: As in `NPE`.
         embedding: As in `NPE`.
         x_transform: As in `NPE`.
@@ -252,6 +255,8 @@ def infer_sequentially(
     check_seed(seed)
     strategies = _strategies(strategy, rounds)
     _check_options(rounds, budget, n, keep, outside, active, strategies, ensemble)
+    if go_on and any(getattr(each, "mixes", False) for each in strategies):
+        raise ValueError("Expected strategies that mix no others beside go_on=True, which cannot go on from others'.")
     running = {"executor": executor, "workers": workers, "batch_size": batch_size, "on_failure": on_failure,
                "retry_failed": retry_failed and folder is not None, "progress": progress}
     builder, reads = resolve_builder(density), resolve_embedding(embedding)
@@ -274,12 +279,12 @@ def infer_sequentially(
                    seed=child_seed(seed, _ROUND_KEY, number, _TRAINING))
 
     asked = {"seed": seed, "rounds": rounds, "budget": budget, "n": n, "keep": keep, "outside": outside,
-             "active": active, "ensemble": ensemble, "pilot_rows": pilot_rows,
+             "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": pilot_rows,
              "strategies": [strategy_to_config(each) for each in strategies], "density": repr(builder),
              "embedding": repr(reads), "x_transform": x_transform, "training": repr(estimator(1).training),
              "x_o": hashlib.sha256(observed.numpy().tobytes()).hexdigest()}
     kept = None if folder is None else _Folder.open(Path(folder), asked)
-    state = _State(stack, observed, seed, keep, outside, active, budgeting, running, estimator, ensemble, kept,
+    state = _State(stack, observed, seed, keep, outside, active, go_on, budgeting, running, estimator, ensemble, kept,
                    progress=progress)
     for number in range(1, rounds + 1):
         state = state.after_round(number)
@@ -297,6 +302,7 @@ class _State:
     keep: str
     outside: float
     active: float
+    go_on: bool
     budgeting: Budgeting
     running: dict[str, Any]
     new_estimator: Callable[[int], NPE]
@@ -390,7 +396,8 @@ class _State:
                           device=estimator.device)
             assert isinstance(loaded, NPE)
             return loaded
-        estimator.fit(data, self.ensemble, proposal=prior, progress=self.progress,
+        start = self.estimators[-1] if self.go_on and self.estimators else None
+        estimator.fit(data, self.ensemble, proposal=prior, start=start, progress=self.progress,
                       checkpoint=None if part is None else part / "training" / _digest(data)[:16])
         if part is not None and self.folder is not None:
             estimator.save(part / "model")

@@ -43,12 +43,26 @@ class Problem:
         input_scaler: Standardiser of what the density is of.
         condition_scaler: Standardiser of what it is conditioned on.
         draw: `draw(n, seed)` gives inputs from the prior in their own units; `None` where the density is not of theta.
+        start: Trained networks with these scalers from which members go on, one after the other; none to begin anew.
     """
 
     terms: tuple[Term, ...]
     input_scaler: Standardiser
     condition_scaler: Standardiser
     draw: Callable[[int, int], Tensor] | None = None
+    start: tuple[ConditionalDensity, ...] = ()
+
+    def going_on(self, networks: Sequence[Network]) -> Problem:
+        """The same rows for networks that go on from trained ones, whose scalers they keep.
+
+        Raises:
+            ValueError: If these are mixtures.
+        """
+        plain = tuple(network for network in networks if isinstance(network, ConditionalDensity))
+        if len(plain) < len(networks):
+            raise ValueError("Expected single networks to go on from; these are mixtures of several strategies.")
+        scalers = copy.deepcopy(plain[0].input_scaler).cpu(), copy.deepcopy(plain[0].condition_scaler).cpu()
+        return replace(self, input_scaler=scalers[0], condition_scaler=scalers[1], start=plain)
 
     def standardise(self, term: Term) -> Term:
         """A term's rows as networks read them."""
@@ -281,7 +295,11 @@ class _Fitting:
         return bool(getattr(self.strategy, "covers", False))
 
     def network(self, member: int, key: int = 0) -> Network:
-        """A fresh network, initialised for one member."""
+        """A fresh network, initialised for one member, or a copy of a trained one to go on from."""
+        if self.problem.start:
+            if self.mixes:
+                raise ValueError("A strategy that mixes others begins anew; it cannot go on from trained networks.")
+            return copy.deepcopy(self.problem.start[member % len(self.problem.start)]).to(self.device)
         network = self.problem.network(self.builder, self.embedding, seed=child_seed(self.seed, key, member),
                                        dtype=self.options.dtype)
         if member and not key and self.embedding is not None:

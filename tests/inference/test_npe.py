@@ -8,7 +8,19 @@ from torch import nn
 from torch.distributions import Independent, LogNormal, MultivariateNormal
 
 import mlsbi
-from mlsbi import NPE, NSF, BoxPrior, Level, LevelStack, Multilevel, SingleLevel, TrainingOptions, simulate
+from mlsbi import (
+    MDN,
+    NPE,
+    NSF,
+    BoxPrior,
+    Level,
+    LevelStack,
+    Multilevel,
+    MultilevelData,
+    SingleLevel,
+    TrainingOptions,
+    simulate,
+)
 from mlsbi.diagnostics import nlpd
 
 QUICK = TrainingOptions(epochs=3)
@@ -362,3 +374,31 @@ def test_gpu_posterior_agrees_with_cpu(box_npe):
     there = box_npe.to("cuda").posterior(x).log_prob(theta)
     box_npe.to("cpu")
     assert torch.allclose(here, there, atol=1e-4)
+
+
+def test_training_goes_on_from_another_estimator():
+    g = torch.Generator().manual_seed(0)
+
+    def rows(n, low, high):
+        theta = low + (high - low) * torch.rand(n, 1, generator=g)
+        return MultilevelData.from_arrays([(theta, theta + 0.1 * torch.randn(n, 1, generator=g))])
+
+    prior, options = BoxPrior([0.0], [1.0]), {"density": MDN(1, 8, 1), "strategy": "high"}
+    first = NPE(prior, training=TrainingOptions(epochs=60, learning_rate=1e-2), **options)
+    first.fit(rows(400, 0.0, 1.0), ensemble=2, progress=False)
+    before = first.posterior([0.5]).sample((9,), seed=0)
+    few = rows(20, 0.4, 0.6)
+    still = TrainingOptions(epochs=1, learning_rate=1e-9, cross_fit=False)
+    later = NPE(prior, training=still, seed=1, **options).fit(few, ensemble=2, start=first, progress=False)
+    # With a step that changes nothing it is the same density, in the units of the first rows.
+    assert torch.allclose(later.posterior([0.5]).sample((9,), seed=0), before, atol=1e-4)
+    anew = NPE(prior, training=still, seed=1, **options).fit(few, ensemble=2, progress=False)
+    assert not torch.allclose(anew.posterior([0.5]).sample((9,), seed=0), before, atol=1e-2)
+    trained = NPE(prior, training=TrainingOptions(epochs=9), seed=1, **options)
+    trained.fit(few, ensemble=2, start=first, progress=False)
+    assert not torch.allclose(trained.posterior([0.5]).sample((9,), seed=0), before, atol=1e-4)
+    assert torch.equal(first.posterior([0.5]).sample((9,), seed=0), before)  # copies were trained
+    with pytest.raises(ValueError, match="same kind, density"):
+        NPE(prior, density=MDN(2, 8, 1)).fit(few, start=first)
+    with pytest.raises(ValueError, match="begins anew"):
+        NPE(prior, density=MDN(1, 8, 1), strategy="auto").fit(few, start=first)

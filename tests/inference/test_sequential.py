@@ -115,7 +115,8 @@ def test_seeds_reproduce_and_leave_global_state():
 
 def test_published_methods_are_options():
     """MF-TSNPE: all cheap runs in the first round, and every round trains on all rows; TSNPE: one level."""
-    found = infer(rounds=3, n=[(200, 10), (0, 10), (0, 10)], strategy="transfer", keep="all", outside=1e-3)
+    found = infer(rounds=3, n=[(200, 10), (0, 10), (0, 10)], strategy=("transfer", "high", "high"), go_on=True,
+                  keep="all", outside=1e-3)
     assert [done.n for done in found.rounds] == [(200, 10), (0, 10), (0, 10)]
     assert found.rounds[-1].trained == (200, 30)
     assert found.rounds[-1].inside[0] < 200
@@ -279,6 +280,7 @@ def test_an_observation_like_the_finest_level_alone_is_no_surprise():
     ({"n": (100, 10), "active": 1.0}, "active"),
     ({"n": (100, 10), "active": 0.2}, 'keep="all"'),
     ({"n": (100, 10), "active": 0.2, "keep": "all"}, "ensemble of at least 2"),
+    ({"n": (100, 10), "strategy": "auto", "go_on": True}, "mix no others"),
     ({"n": (100, 10), "strategy": ("high", "low")}, "one for each of 3 rounds"),
     ({"n": (100, 10), "strategy": "best"}, "best"),
     ({"n": (100, 10), "x_o": torch.zeros(3)}, "one observation of shape"),
