@@ -193,6 +193,7 @@ def infer_sequentially(
     round, such as `n=[(10_000, 10), (0, 10), (0, 10)]`; MF-TSNPE-AF `active=0.2` and `ensemble=5` beside that.
 
     With a `folder` every simulation and every round's networks are kept, and the same call goes on where it stopped.
+    The first round does not depend on the observation: others asked for with the same folder share it.
 
     Args:
         stack: Prior, noise and levels.
@@ -281,9 +282,8 @@ def infer_sequentially(
     asked = {"seed": seed, "rounds": rounds, "budget": budget, "n": n, "keep": keep, "outside": outside,
              "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": pilot_rows,
              "strategies": [strategy_to_config(each) for each in strategies], "density": repr(builder),
-             "embedding": repr(reads), "x_transform": x_transform, "training": repr(estimator(1).training),
-             "x_o": hashlib.sha256(observed.numpy().tobytes()).hexdigest()}
-    kept = None if folder is None else _Folder.open(Path(folder), asked)
+             "embedding": repr(reads), "x_transform": x_transform, "training": repr(estimator(1).training)}
+    kept = None if folder is None else _Folder.open(Path(folder), asked, observed)
     state = _State(stack, observed, seed, keep, outside, active, go_on, budgeting, running, estimator, ensemble, kept,
                    progress=progress)
     for number in range(1, rounds + 1):
@@ -407,12 +407,13 @@ class _State:
 
 @dataclass(frozen=True)
 class _Folder:
-    """Where an inference is kept: its request, and a folder for each round."""
+    """Where inferences are kept: what they were asked with, the first round, and the later ones of each observation."""
 
     path: Path
+    own: Path
 
     @classmethod
-    def open(cls, path: Path, asked: dict[str, Any]) -> _Folder:
+    def open(cls, path: Path, asked: dict[str, Any], x: Tensor) -> _Folder:
         """Makes the folder, or goes on in it.
 
         Raises:
@@ -429,11 +430,14 @@ class _Folder:
         else:
             path.mkdir(parents=True, exist_ok=True)
             _write(file, text)
-        return cls(path)
+        own = path / f"observation-{hashlib.sha256(x.double().numpy().tobytes()).hexdigest()[:12]}"
+        own.mkdir(exist_ok=True)
+        _write(own / "x_o.json", json.dumps(x[0].tolist()))
+        return cls(path, own)
 
     def part(self, number: int) -> Path:
         """Folder of a round."""
-        return self.path / f"round-{number}"
+        return (self.path if number == 1 else self.own) / f"round-{number}"
 
     def trained_on(self, number: int) -> str | None:
         """Digest of the rows that a round's networks were trained on."""

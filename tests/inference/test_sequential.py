@@ -171,17 +171,22 @@ def test_a_folder_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert torch.equal(one.theta, other.theta)
         assert torch.equal(one.fine, other.fine)
     assert torch.equal(whole.posterior.sample((9,), seed=0), found.posterior.sample((9,), seed=0))
-    model = mlsbi.load(tmp_path / "kept/round-3/model")
+    own, = (tmp_path / "kept").glob("observation-*")
+    assert torch.tensor(json.loads((own / "x_o.json").read_text())).tolist() == X_O.tolist()
+    model = mlsbi.load(own / "round-3/model")
     assert torch.equal(model.posterior(X_O).sample((9,), seed=0), found.posterior.sample((9,), seed=0))
     CALLS.clear()
     assert infer(**options).rounds[-1].n == found.rounds[-1].n
     assert sum(n for name, n in CALLS if name == "high") == 0
     assert len(trained) == 4
-    with pytest.raises(ValueError, match=r"other settings \(x_o\)"):
-        infer(x_o=X_O + 0.1, **options)
+    # The first round is every observation's.
+    other = infer(x_o=X_O + 0.1, **options)
+    assert len(trained) == 6
+    assert sum(n for name, n in CALLS if name == "high") == sum(done.n[1] for done in other.rounds[1:])
+    assert other.rounds[0].n == found.rounds[0].n
+    assert infer(x_o=X_O + 0.1, **{**options, "folder": None}).rounds[2].mean == other.rounds[2].mean
     with pytest.raises(ValueError, match=r"other settings \(outside\)"):
         infer(**{**options, "outside": 1e-2})
-    assert "x_o" in json.loads((tmp_path / "kept/inference.json").read_text())
 
 
 def test_a_failed_run_leaves_what_was_finished(tmp_path, monkeypatch):
