@@ -48,9 +48,9 @@ ORDER = {
                     "fidelity"],
     "tasks": ["task", "observations", "quadrature", "ou", "camels", "g_and_k", "toggle_switch", "ou2", "registry"],
     "plots": ["style", "bars", "simulations", "planning", "training", "calibration", "comparison", "posterior",
-              "failures"],
-    "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "html", "figures"],
-    "cli": ["targets", "requests", "folders", "running", "planning", "status", "main"],
+              "failures", "rounds"],
+    "report": ["checking", "elements", "wording", "sections", "comparing", "strategies", "rounds", "html", "figures"],
+    "cli": ["targets", "requests", "folders", "sequential", "running", "planning", "status", "main"],
 }
 TOP = ["plots", "report", "loading", "cli"]  # order on the highest floor
 # Beside the package, and above all of it.

@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--budget", type=float, help="total cost; a pilot decides how to split it")
     amount.add_argument("--n", type=_numbers, help="rows per level, cheapest first: 1000,100")
     run.add_argument("--rounds", type=int, default=1, help="rounds in which a budget is spent after the pilot; before "
-                     "each the variances are measured anew on all rows so far (default 1)")
+                     "each the variances are measured anew on all rows so far (default 1). With --x-o: rounds for that "
+                     "observation, each inside the prior truncated to where its posterior was found before")
     run.add_argument("--strategy", default=("multilevel",), type=_strategies,
                      help="multilevel (default), transfer, transfer_then_multilevel, translation, emulation, high, "
                      "low; auto, which mixes them by how well they do on held-out runs; or several to compare: "
@@ -189,8 +190,9 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
                         ("rounds", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"Expected --{name} of at least {least}; got {getattr(options, name)}.")
-    if options.rounds > 1 and options.budget is None:
-        raise ValueError("Expected --budget beside --rounds: with --n there is nothing to plan.")
+    if options.rounds > 1 and options.budget is None and options.x_o is None:
+        raise ValueError("Expected --budget beside --rounds: with --n there is nothing to plan. With --x-o, rounds are "
+                         "for that observation.")
     if options.tests is not None and options.tests < 0:
         raise ValueError(f"Expected --tests of at least 0; got {options.tests}.")
     request = RunRequest(

@@ -27,6 +27,7 @@ from mlsbi.allocation.pilot_report import PilotReport
 from mlsbi.allocation.piloting import pilot, pilot_cost
 from mlsbi.cli.folders import KEPT, STORE, TRAINING, begin, read_kept, write_json
 from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
+from mlsbi.cli.sequential import ROUNDS, check_rounds, infer_rounds, is_sequential, record_rounds, simulate_inside
 from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, count_runs, spread
 from mlsbi.density.embeddings import embedding_to_config
@@ -36,6 +37,7 @@ from mlsbi.inference.mcmc_posterior import MCMCOptions, MCMCPosterior
 from mlsbi.inference.nle import NLE
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.observations import read_set
+from mlsbi.inference.sequential import SequentialInference
 from mlsbi.levels import campaign_cost, sum_pair_costs
 from mlsbi.priors import parameter_names, sample_prior
 from mlsbi.randomness import child_seed
@@ -86,6 +88,9 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     estimators = {name: _estimator(target, request, kind, name) for name in request.strategies}
     n_asked = _check_request(target, request, kind)
     _check_strategies(target, request, estimators)
+    sequential = is_sequential(request)
+    if sequential:
+        check_rounds(target, request, kind)
     default = target.default_tests if kind == "npe" else min(target.default_tests, _LIKELIHOOD_TESTS)
     n_tests = default if request.tests is None else request.tests
     observed = _read_observation(target, request, kind)
@@ -95,7 +100,17 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     options = RunOptions(None if target.stack is None else out / STORE, workers=request.workers,
                          on_failure=request.on_failure, retry_failed=request.retry_failed, progress=request.progress)
 
-    report, plan, data, rounds = _simulate(target, request, kind, n_asked, options, say)
+    found: SequentialInference | None = None
+    if sequential:
+        (own,) = estimators.values()
+        assert isinstance(own, NPE)
+        assert observed is not None
+        found = infer_rounds(target, request, own, _members(own, request), n_asked, observed, options)
+        say(f"{found}\n")
+        report, plan, data, rounds = None, None, found.data, None
+        estimators = {name: found.estimator for name in estimators}
+    else:
+        report, plan, data, rounds = _simulate(target, request, kind, n_asked, options, say)
     data.save(out / "data.npz")
     say(f"simulated {data}")
 
@@ -103,7 +118,8 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     tests, truth = None, None
     if test_rows:
         tests = _Tests(*(target.test_sets(test_rows, m, request.seed, options) if kind == "nle"
-                         else target.test(test_rows, request.seed, options)))
+                         else target.test(test_rows, request.seed, options) if found is None
+                         else simulate_inside(target, found, test_rows, request.seed, options)))
     if observed is None and tests is not None:
         truth, observed = tests.theta[0], tests.x[0]
     judged = _judge_rows(target, request, kind, options) if n_tests else None
@@ -118,11 +134,13 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         "asked": _asked(target, request, list(estimators.values()), n_asked, m),
         "observable": {"axis": target.x_axis, "label": target.x_label},
         **_planned(report, plan, rounds, n_asked, target),
+        "sequential": None if found is None else record_rounds(target, found, request.seed, out / "rounds.npz"),
         "levels": _levels(target, report, data),
         "cost_unit": "as declared" if target.level_costs else "seconds",
         "spent": _spent(target, report, data, test_rows * m + (len(judged.theta) if judged else 0)),
         "reference": exact_chain,
-        "files": {"data": "data.npz", "store": None if target.stack is None else STORE,
+        "files": {"data": "data.npz", "store": None if target.stack is None or found is not None else STORE,
+                  "rounds": None if found is None else ROUNDS,
                   "reference": "reference_samples.csv" if exact is not None else None},
     }
     if exact is not None:
@@ -140,8 +158,9 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
             log_q[name] = kept[1]
             continue
         try:
-            estimator.fit(data, ensemble=_members(estimator, request), progress=request.progress,
-                          checkpoint=out / name / TRAINING / digest[:16])
+            if found is None:
+                estimator.fit(data, ensemble=_members(estimator, request), progress=request.progress,
+                              checkpoint=out / name / TRAINING / digest[:16])
         except TrainingError as error:
             if len(estimators) == 1:
                 raise
@@ -150,6 +169,8 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
             continue
         record, arrays = _infer(target, request, estimator, observed, truth, tests if n_tests else None, judged,
                                 out / name)
+        if found is not None and record["checks"] is not None:  # test parameters are the truncated prior's
+            record["checks"]["prior_nlpd"] += math.log(results["sequential"]["share"])
         record.update(name=name, error=None, **_cost_of(estimator, results, data))
         records.append(record)
         log_q[name] = arrays.get("log_q", np.empty(0))
@@ -285,7 +306,8 @@ def _check(
     target: Target, request: RunRequest, estimator: NPE | NLE, posterior: Any, tests: _Tests, judged: _Tests | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     is_set = isinstance(estimator, NLE)
-    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1)
+    # After rounds the network knows the truncated prior's posterior alone, which the exact one differs from at edges.
+    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1) and not is_sequential(request)
     checks, arrays = check_posterior(
         posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
         seed=child_seed(request.seed, 3), reference=target.reference if known else None,

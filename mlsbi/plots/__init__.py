@@ -8,7 +8,9 @@ from mlsbi.plots.comparison import quality
 from mlsbi.plots.failures import failures
 from mlsbi.plots.planning import errors, pilot, plan
 from mlsbi.plots.posterior import pairs
+from mlsbi.plots.rounds import rounds
 from mlsbi.plots.simulations import coupled
 from mlsbi.plots.training import losses
 
-__all__ = ["coupled", "coverage", "errors", "failures", "losses", "pairs", "pilot", "plan", "quality", "ranks"]
+__all__ = ["coupled", "coverage", "errors", "failures", "losses", "pairs", "pilot", "plan", "quality", "ranks",
+           "rounds"]

@@ -207,7 +207,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     """
     records = results["strategies"]
     best = next((record for record in records if record["name"] == (results.get("comparison") or {}).get("best")), None)
-    sentences = [*_failures(records), *_comparison(results)]
+    sentences = [*_failures(records), *_rounds(results), *_comparison(results)]
     shown = best or next(record for record in records if not record.get("error"))
     checks = shown["checks"]
     if best is not None:
@@ -228,6 +228,25 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     if reference is not None and reference["warning"]:
         sentences.append(f"The exact posterior it is drawn with is uncertain itself: {reference['warning']}")
     return [*sentences, *lost_rows(results)]
+
+
+def _share(value: float) -> str:
+    return f"{value:.3g}" if value < 0.001 else f"{value:.1%}"
+
+
+def _rounds(results: Mapping[str, Any]) -> list[str]:
+    """What rounds for one observation make of what follows."""
+    found = results.get("sequential")
+    if not found:
+        return []
+    last = found["rounds"][-1]
+    told = [f"It was found in {len(found['rounds'])} rounds and holds for this observation alone: the last round drew "
+            f"parameters from {_share(last['share'])} of the prior, and {last['leakage']:.1%} of its posterior lie "
+            "outside. Checks are on test simulations inside."]
+    if found["lost"] is not None:
+        told.append(f"Of the exact posterior, {found['lost'][-1]:.2%} lie outside and are lost; the divergence from it "
+                    f"is {found['divergence'][-1]:.2f} nats.")
+    return told + [note for done in found["rounds"] for note in done["notes"]]
 
 
 def lost_rows(results: Mapping[str, Any]) -> list[str]:

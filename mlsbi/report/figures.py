@@ -60,6 +60,8 @@ def draw_figures(folder: Path) -> list[Path]:
         figures["plan"] = plots.plan(results["plan"])
         if (results["pilot"] or {}).get("curves"):
             figures["errors"] = _draw_errors(results)
+    if results.get("sequential"):
+        figures["rounds"] = _draw_rounds(folder, results)
     done = [record for record in results["strategies"] if not record["error"]]
     several = len(results["strategies"]) > 1
     levels: dict[str, Any] = {}
@@ -96,6 +98,16 @@ def draw_figures(folder: Path) -> list[Path]:
         figure.savefig(target / f"{name}.png", dpi=_DPI)
         written.append(target / f"{name}.png")
     return written
+
+
+def _draw_rounds(folder: Path, results: Record) -> Figure:
+    """How rounds closed in on the posterior."""
+    known = results["files"].get("reference")
+    with np.load(folder / "rounds.npz", allow_pickle=False) as arrays:
+        return plots.rounds(
+            results["sequential"]["rounds"], arrays["draws"], levels=[level["name"] for level in results["levels"]],
+            names=results["asked"]["parameters"], exact=pd.read_csv(folder / known).to_numpy() if known else None,
+        )
 
 
 def _quality(results: Record, records: list[Record]) -> Figure:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlsbi.report import comparing, sections, strategies
+from mlsbi.report import comparing, rounds, sections, strategies
 from mlsbi.report.elements import page
 
 __all__ = ["read_results", "write_report"]
@@ -40,6 +40,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         sections.asked(results, figures),
         sections.plan(results, figures),
         sections.spent(results, figures),
+        rounds.told(results, figures),
         comparing.compared(results, figures),
         *strategies.described(results, figures),
         sections.reproduce(results),

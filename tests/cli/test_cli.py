@@ -504,3 +504,69 @@ def test_a_budget_is_spent_in_rounds(tmp_path, capsys):
     assert "4,000 units beside the pilot would buy" in page
     assert main(["run", "ou", "--n", "40,6", "--rounds", "2", "--out", str(tmp_path / "x")]) == 2
     assert "--budget beside --rounds" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_stack(tmp_path):
+    (tmp_path / "mine.py").write_text(STACK)
+    np.save(tmp_path / "x.npy", np.array([0.4, 1.5]))
+    return ["run", f"{tmp_path}/mine.py:stack", "--x-o", str(tmp_path / "x.npy"), "--draws", "60", *QUICK]
+
+
+def test_rounds_for_one_observation(own_stack, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = [*own_stack, "--rounds", "2", "--budget", "1500", "--pilot", "8", "--tests", "12", "--out", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "round 2: " in printed
+    assert "in 2 rounds and holds for this observation alone" in printed
+    results = read_results(out)
+    first, second = results["sequential"]["rounds"]
+    assert first["share"] == 1.0 > second["share"] > 0
+    assert results["spent"]["n"] == [a + b for a, b in zip(first["n"], second["n"], strict=True)]
+    assert results["spent"]["cost"] == pytest.approx(results["sequential"]["spent"])
+    assert results["sequential"]["spent"] <= 1500
+    assert results["sequential"]["lost"] is None
+    assert only(results)["checks"]["n_test"] == 12
+    report = (out / "report.html").read_text()
+    assert "The rounds" in report
+    assert "share of the prior" in report
+    assert (out / "figures/rounds.png").is_file()
+    assert mlsbi.load(out / "multilevel/model").posterior([0.4, 1.5]).sample((2,), seed=0).shape == (2, 2)
+    # The same command draws nothing anew once it is finished, and a killed one goes on.
+    assert main(arguments) == 0
+    assert "finished" in capsys.readouterr().out
+    (out / "report.html").unlink()
+    (out / "results.json").unlink()
+    monkeypatch.setattr("mlsbi.NPE.fit", None)  # its networks are read
+    assert main(arguments) == 0
+    again = read_results(out)
+    for results in (again, read_results(out)):
+        assert [done["n"] for done in results["sequential"]["rounds"]] == [first["n"], second["n"]]
+    assert only(again)["posterior"]["mean"] == only(results)["posterior"]["mean"]
+    assert main(["report", str(out)]) == 0
+
+
+def test_rounds_of_a_task_say_what_of_the_exact_posterior_is_lost(tmp_path):
+    np.save(tmp_path / "x.npy", mlsbi.tasks.get("ou2").test(1, 3)[1][0].numpy())
+    out = tmp_path / "out"
+    assert main(["run", "ou2", "--x-o", str(tmp_path / "x.npy"), "--rounds", "2", "--n", "60,12", "--tests", "0",
+                 "--draws", "60", "--out", str(out), *QUICK]) == 0
+    results = read_results(out)
+    assert [done["n"] for done in results["sequential"]["rounds"]] == [[30, 6], [30, 6]]
+    assert results["sequential"]["lost"][0] == 0.0
+    assert len(results["sequential"]["divergence"]) == 2
+    assert any("Of the exact posterior" in sentence for sentence in results["verdict"])
+
+
+@pytest.mark.parametrize(("more", "match"), [
+    (["--budget", "1500"], "beyond the cost of a pilot of 64 rows"),
+    (["--n", "20,2"], "rows of every level|at least one|finest"),
+    (["--n", "200,20", "--strategy", "multilevel,high"], "give one --strategy"),
+    (["--n", "200,20", "--estimator", "nle"], "add --estimator npe"),
+])
+def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, match, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*own_stack, "--rounds", "3", *more, "--out", str(out)]) == 2
+    assert re.search(match, capsys.readouterr().err)
+    assert not list(out.glob("rounds/round-1/store/*"))

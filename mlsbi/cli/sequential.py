@@ -1,0 +1,91 @@
+r"""Rounds for one observation, as `mlsbi run --x-o FILE --rounds R` makes them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlsbi.cli.requests import RunRequest
+from mlsbi.cli.targets import Target
+from mlsbi.inference.npe import NPE
+from mlsbi.inference.sequential import SequentialInference, infer_sequentially
+from mlsbi.inference.truncated import TruncatedPrior
+from mlsbi.randomness import child_seed
+from mlsbi.simulation.campaign import simulate_level
+from mlsbi.simulation.running import RunOptions
+from mlsbi.store.records import TEST_STREAM
+
+__all__ = ["ROUNDS", "check_rounds", "infer_rounds", "is_sequential", "record_rounds", "simulate_inside"]
+
+ROUNDS = "rounds"
+"""Folder of the rounds' simulations and networks, in that of a run."""
+
+_KEPT_DRAWS = 1000  # of each round's posterior
+_EXACT_DRAWS = 20_000
+
+
+def is_sequential(request: RunRequest) -> bool:
+    """Whether rounds are for one observation."""
+    return request.rounds > 1 and request.x_o is not None
+
+
+def check_rounds(target: Target, request: RunRequest, kind: str) -> None:
+    """Raises a `ValueError` if a target or request cannot go in rounds for one observation."""
+    if kind != "npe":
+        raise ValueError("Rounds for one observation (--x-o with --rounds) learn a posterior: add --estimator npe, or "
+                         "leave --rounds out.")
+    if target.stack is None:
+        raise ValueError(f"'{target.name}' is a fixed data set: nothing can be simulated in rounds. Leave out "
+                         "--rounds.")
+    if len(request.strategies) > 1:
+        raise ValueError("Rounds for one observation simulate where the strategy's own posterior is, so that several "
+                         "cannot share them: give one --strategy, and another --out to each run.")
+
+
+def infer_rounds(
+    target: Target, request: RunRequest, estimator: NPE, members: int, n: tuple[int, ...] | None, observed: Tensor,
+    options: RunOptions,
+) -> SequentialInference:  # fmt: skip
+    """Simulates and trains in rounds; everything is kept in the run's folder, and a run goes on there."""
+    assert target.stack is not None
+    running = {key: value for key, value in vars(options).items() if key != "store"}
+    return infer_sequentially(
+        target.stack, observed, seed=request.seed, rounds=request.rounds, n=n,
+        budget=None if n is not None else request.budget, strategy=estimator.strategy or "multilevel",
+        ensemble=members, density=estimator.builder, embedding=estimator.embedding, x_transform=estimator.x_transform,
+        training=request.training, pilot_rows=request.pilot_rows, integrand=request.integrand, device=request.device,
+        folder=request.out / ROUNDS, **running,
+    )
+
+
+def simulate_inside(
+    target: Target, found: SequentialInference, n: int, seed: int, options: RunOptions
+) -> tuple[Tensor, Tensor]:
+    """Test rows `(theta, x)` of the finest level from what the last round drew theta from."""
+    assert target.stack is not None
+    stack = replace(target.stack, prior=found.priors[-1])
+    kept = replace(options, store=None, retry_failed=False)
+    return simulate_level(stack, -1, n, seed=child_seed(seed, TEST_STREAM), stream=TEST_STREAM, options=kept)
+
+
+def record_rounds(target: Target, found: SequentialInference, seed: int, path: Path) -> dict[str, Any]:
+    """What `results.json` says of the rounds; draws of each round's posterior are written to a file."""
+    draws = torch.stack([posterior.sample((_KEPT_DRAWS,), seed=child_seed(seed, 7)) for posterior in found.posteriors])
+    np.savez(path, draws=draws.numpy())
+    lost: tuple[float, ...] | None = None
+    distance: list[float] | None = None
+    if target.reference is not None:
+        exact = target.reference.sample(_EXACT_DRAWS, found.x, child_seed(seed, 8))
+        lost = found.truncation_error(exact)
+        log_p = target.reference.log_prob(exact, found.x[0])
+        distance = [float((log_p - posterior.log_prob(exact).double()).mean()) for posterior in found.posteriors]
+    last = found.priors[-1]
+    return {
+        "rounds": [asdict(done) for done in found.rounds], "lost": lost, "divergence": distance,
+        "spent": found.spent, "share": last.acceptance if isinstance(last, TruncatedPrior) else 1.0,
+    }
