@@ -8,7 +8,8 @@ Observations: of `ou2` the ten that were published with the training data (`--da
   training data too, which is not coupled (`..._published`);
 - sequential, rounds of equal numbers of expensive runs: `tsnpe`, `mf_tsnpe`, `mf_tsnpe_af` (five rounds, as
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
-  `multilevel_rounds` at the same total cost (three rounds, each divided over levels inside the truncated prior);
+  `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
+  by emulation: the first by three Gaussian emulators alone);
 - `mf_abc`, multifidelity rejection.
 
 All neural methods have ensembles of five of the task's network. Scores are C2ST of 1000 against 1000 draws: of a random
@@ -40,7 +41,19 @@ from runner import RESULTS, keep_cell, provenance, read_cell, write_result
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor
 
-from mlsbi import NPE, Auto, Emulation, MultilevelData, SingleLevel, TransferLearning, infer_sequentially, tasks
+from mlsbi import (
+    MDN,
+    NPE,
+    Auto,
+    Emulation,
+    MultilevelData,
+    SingleLevel,
+    TransferLearning,
+    TransferThenMultilevel,
+    Translation,
+    infer_sequentially,
+    tasks,
+)
 from mlsbi.diagnostics import c2st
 from mlsbi.inference.multifidelity_abc import multifidelity_abc
 from mlsbi.levels import LevelStack
@@ -51,7 +64,10 @@ METHOD = 1  # raised when what is measured changes
 NAME = "bench_sequential"
 LOW, HIGH = 10_000, (50, 100, 1000)
 OBSERVATIONS, DRAWS, EXACT_DRAWS = 10, 1000, 20_000
-ROUNDS, OWN_ROUNDS, MEMBERS = 5, 3, 5
+ROUNDS, OWN_ROUNDS, MEMBERS = 5, 2, 5
+GAUSSIAN = MDN(components=1)
+SCOUT = Emulation(((GAUSSIAN, TransferThenMultilevel()), (GAUSSIAN, Translation()), (GAUSSIAN, TransferLearning())),
+                  rows=4096)
 AMORTISED = ("npe", "mf_npe", "auto")
 SEQUENTIAL = ("tsnpe", "mf_tsnpe", "mf_tsnpe_af", "multilevel_rounds")
 METHODS = (*AMORTISED, *SEQUENTIAL, "mf_abc")
@@ -142,7 +158,7 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
     elif job.method == "multilevel_rounds":
         costs = task.stack.row_costs if task.stack is not None else None
         assert costs is not None
-        options = {"rounds": OWN_ROUNDS, "strategy": Emulation(), "pilot_rows": 8,
+        options = {"rounds": OWN_ROUNDS, "strategy": (SCOUT, Emulation()), "pilot_rows": 8, "outside": 1e-4,
                    "budget": LOW * costs[0] + job.high * costs[1]}
     shared = folder / "rounds" / f"{job.task}-{job.high}-{job.method}"
     run = infer_sequentially(stack, x_o, seed=first, ensemble=MEMBERS, density=task.density, embedding=task.embedding,

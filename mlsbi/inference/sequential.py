@@ -208,7 +208,8 @@ def infer_sequentially(
         ensemble: Networks of each round; the strategy's usual number when left out.
         keep: `"inside"` trains each round on the rows inside its truncated prior; `"all"` on all rows so far, as
             published, which biases a multilevel sum whose levels were not drawn in equal parts.
-        outside: Share of q's draws outside each region; with 100 000 draws less than 1e-5 is their lowest density.
+        outside: Share of q's draws outside each region. It is found from 30 000 of them, of which the lowest density is
+            the edge where the share is less than one of these.
         active: Share of a later round's theta at which the ensemble disagrees most, out of 10 000 prior draws. They
             do not follow the prior; no correction is made, as published.
         go_on: Whether the networks of later rounds go on from those of the round before; where strategies mix others,

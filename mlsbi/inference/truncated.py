@@ -139,7 +139,7 @@ class TruncatedPrior(Distribution):
         return f"TruncatedPrior({self.prior}, log q >= {edges}, share {self.acceptance:.6g})"
 
 
-def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: int = 100_000, seed: int) -> Region:
+def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: int = 30_000, seed: int) -> Region:
     r"""The region of highest density that leaves out a share of the posterior's own draws.
 
     With fewer draws than `1 / outside` its edge is the lowest density of any draw.
