@@ -205,8 +205,12 @@ class Estimator(ABC):
         """The problem of networks that go on from another estimator's."""
         start._check_fitted()
         shape = tuple(data.levels[0].fine.shape[1:])
-        if type(start) is not type(self) or (start.builder, start.x_shape) != (self.builder, shape):
-            raise ValueError(f"Expected start= of the same kind, density and outputs; got {start}.")
+        alike = all(getattr(start, name) == getattr(self, name) for name in ("builder", "embedding", "x_transform"))
+        if type(start) is not type(self) or start.x_shape != shape or not alike \
+                or start.training.dtype != self.training.dtype \
+                or start.prior.event_shape != self.prior.event_shape:
+            raise ValueError("Expected start= of the same kind, density, embedding, x_transform, precision and "
+                             f"outputs; got {start}.")
         return problem.going_on(start.networks)
 
     def _accept(

@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -24,18 +26,27 @@ from mlsbi.density.embeddings import EmbeddingBuilder, resolve_embedding
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.density.standardise import Transform
 from mlsbi.inference.active import ActiveProposal
-from mlsbi.inference.budgeting import Bought, Budget, Budgeting, FixedRows, Purchase
+from mlsbi.inference.budgeting import FEWEST_TRAINED, Bought, Budget, Budgeting, FixedRows, Purchase
 from mlsbi.inference.loading import load
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.observations import read_observation
 from mlsbi.inference.posteriors import DirectPosterior
 from mlsbi.inference.surprise import outside_all
-from mlsbi.inference.truncated import LEAST_ACCEPTANCE, TruncatedPrior, density_region, truncate_prior
+from mlsbi.inference.truncated import (
+    LEAST_ACCEPTANCE,
+    TruncatedPrior,
+    TruncationError,
+    density_region,
+    truncate_prior,
+)
 from mlsbi.levels import LevelStack, campaign_cost
 from mlsbi.randomness import check_seed, child_seed
-from mlsbi.simulation.campaign import simulate_joint, simulate_level
+from mlsbi.simulation.campaign import simulate, simulate_joint, simulate_level
+from mlsbi.simulation.opening import accept_code as accept_code_of
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
+from mlsbi.simulation.sources import strip_addresses
+from mlsbi.strategies.fitting import check_strategy
 from mlsbi.strategies.registry import Strategy, resolve_strategy, strategy_to_config
 from mlsbi.training.options import TrainingOptions
 
@@ -48,6 +59,8 @@ _ROUND_KEY = 1 << 21  # seeds of each round
 _SIMULATING, _PLANNING, _TRAINING, _REGION, _TRUNCATING, _DRAWING = range(6)  # what they are for
 _SHAPE_STREAM = (1 << 40) + 7
 _DRAWS = 4096  # posterior draws that leakage and moments are measured on
+_LEAKY = 0.05  # share of a posterior outside, from which it is warned of
+_FEW = 10.0  # candidates that count, below which resampled draws are far from the truncated prior
 
 
 @dataclass(frozen=True)
@@ -177,6 +190,7 @@ def infer_sequentially(
     batch_size: int | None = None,
     on_failure: OnFailure = "raise",
     retry_failed: bool = False,
+    accept_code: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> SequentialInference:
@@ -224,8 +238,12 @@ def infer_sequentially(
         executor: As in `simulate`.
         workers: As in `simulate`.
         batch_size: As in `simulate`.
-        on_failure: As in `simulate`.
-        retry_failed: As in `simulate`.
+        on_failure: As in `simulate`; with a budget rows are not drawn anew beyond the pilot, and a later round buys
+            others.
+        retry_failed: As in `simulate`. Rows that are mended so in an earlier round change what later ones were found
+            by: these keep their truncated priors and plans.
+        accept_code: Whether rows in the folder that other code of the stack made are taken for its own; see
+            `mlsbi.accept_code`.
         device: Where networks are trained.
         progress: Whether to show progress bars.
 
@@ -234,10 +252,11 @@ def infer_sequentially(
 
     Raises:
         ValueError: If the observation does not have the simulators' shape or is not finite (after one run of the
-            cheapest level), budget and rounds do not fit each other, options contradict each other, or the folder
-            holds another inference.
+            cheapest level), budget and rounds do not fit each other, options contradict each other, a strategy cannot
+            use such data, a round would leave a level without rows to train on, or the folder holds another inference.
         SimulationError: As `simulate`.
         TrainingError: If a round gives no network that can be used.
+        TruncationError: If rounds contradict each other; `.found` has the rounds before.
 
     References:
         | Truncated proposals for scalable and hassle-free simulation-based inference (Deistler et al., 2022)
@@ -254,7 +273,7 @@ def infer_sequentially(
         >>> [done.n for done in found.rounds], found.posterior.sample((3,), seed=1).shape
         ([(200, 10), (200, 10)], torch.Size([3, 2]))
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     strategies = _strategies(strategy, rounds)
     _check_options(rounds, budget, n, keep, outside, active, strategies, ensemble)
     if go_on and any(getattr(each, "mixes", False) for each in strategies):
@@ -267,30 +286,40 @@ def infer_sequentially(
         networks = {"density": builder, "embedding": reads, "x_transform": x_transform, "device": device}
         remeasuring = Remeasuring(stack.prior, resolve_integrand(integrand), "npe", builder, reads, x_transform, device,
                                   progress)
-        budgeting = Budget(budget, rounds, pilot_rows, remeasuring, {"integrand": integrand, **networks})
+        budgeting = Budget(budget, rounds, pilot_rows, {"integrand": integrand, **networks}, remeasuring)
         budgeting.check(stack)
     else:
         assert n is not None
         budgeting = FixedRows.read(n, rounds, len(stack))
-    shape = tuple(simulate_level(stack, 0, 1, seed=seed, stream=_SHAPE_STREAM)[1].shape[1:])
-    observed = read_observation(x_o, shape)
 
     def estimator(number: int) -> NPE:
         return NPE(stack.prior, strategy=strategies[number - 1], density=builder, embedding=reads,
                    x_transform=x_transform, training=training, device=device,
                    seed=child_seed(seed, _ROUND_KEY, number, _TRAINING))
 
-    asked = {"seed": seed, "rounds": rounds, "budget": budget, "n": n, "keep": keep, "outside": outside,
-             "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": pilot_rows,
-             "strategies": [strategy_to_config(each) for each in strategies], "density": repr(builder),
-             "embedding": repr(reads), "x_transform": x_transform, "training": repr(estimator(1).training)}
+    shape = _output_shape(stack, seed, running)
+    observed = read_observation(x_o, shape)
+    for number in range(1, rounds + 1):
+        check_strategy(strategies[number - 1], len(stack), shape, options=estimator(number).training)
+    asked = {
+        "seed": seed, "rounds": int(rounds), "budget": budget,
+        "n": budgeting.n if isinstance(budgeting, FixedRows) else None, "keep": keep, "outside": outside,
+        "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": int(pilot_rows),
+        "strategies": [strategy_to_config(each) for each in strategies],
+        **{name: strip_addresses(repr(value)) for name, value in
+           (("density", builder), ("embedding", reads), ("x_transform", x_transform), ("integrand", integrand),
+            ("training", estimator(1).training))},
+    }
     kept = None if folder is None else _Folder.open(Path(folder), asked, observed)
     state = _State(stack, observed, seed, keep, outside, active, go_on, budgeting, running, estimator, ensemble, kept,
-                   progress=progress)
+                   progress=progress, accept_code=accept_code)
     for number in range(1, rounds + 1):
-        state = state.after_round(number)
-    return SequentialInference(state.estimators[-1], observed, state.data, state.priors, state.posteriors, state.done,
-                               stack.names, "seconds" if stack.costs is None else "declared")
+        try:
+            state = state.after_round(number)
+        except TruncationError as error:
+            error.found = state.found() if state.done else None
+            raise
+    return state.found()
 
 
 @dataclass(frozen=True)
@@ -310,6 +339,7 @@ class _State:
     ensemble: int | None
     folder: _Folder | None
     progress: bool
+    accept_code: bool
     everything: MultilevelData | None = None
     priors: tuple[Distribution, ...] = ()
     estimators: tuple[NPE, ...] = ()
@@ -318,39 +348,49 @@ class _State:
 
     @property
     def data(self) -> MultilevelData:
+        """All rows so far."""
         assert self.everything is not None
         return self.everything
 
+    def found(self) -> SequentialInference:
+        """What the rounds so far have found."""
+        return SequentialInference(
+            self.estimators[-1], self.x, self.data, self.priors, self.posteriors, self.done, self.stack.names,
+            "seconds" if self.stack.costs is None else "declared",
+        )
+
     def after_round(self, number: int) -> _State:
         """The state after one more round."""
-        prior = self._next_prior(number)
-        purchase, new, spent = self._simulate(number, prior)
-        everything = new if self.everything is None else _joined(self.everything, new)
+        decided = None if self.folder is None else self.folder.decided(number)
+        if number == 1:
+            prior: Distribution = self.stack.prior
+            purchase, everything, spent, notes = self._begin(decided)
+            new = everything
+        else:
+            prior = self._next_prior(number, decided)
+            purchase, new, notes = self._buy(number, prior, decided)
+            everything, spent = _joined(self.data, new), self.done[-1].spent + _cost(self.stack, new)
         inside = _inside(everything, prior)
         trained = inside if self.keep == "inside" else everything
-        notes = [*purchase.notes]
-        if number == 1:
-            found = outside_all(self.x, {name: level.fine for name, level in
-                                         zip(self.stack.names, everything.levels, strict=True)})
-            if found is not None:
-                warnings.warn(found, stacklevel=3)
-                notes.append(found)
-        if isinstance(prior, TruncatedPrior) and prior.resampled:
-            notes.append(_resampled(prior))
+        self._check_rows(number, trained.n)
         began = time.perf_counter()
         estimator = self._fit(number, trained, prior)
         seconds = time.perf_counter() - began
         posterior = DirectPosterior(estimator.networks, self.stack.prior, self.x)
         draws = posterior.sample((_DRAWS,), seed=self._seed(number, _DRAWING))
-        leakage = 0.0
-        if isinstance(prior, TruncatedPrior):
-            leakage = float((~prior.holds(draws)).double().mean())
+        truncated = prior if isinstance(prior, TruncatedPrior) else None
+        leakage = 0.0 if truncated is None else float((~truncated.holds(draws)).double().mean())
+        if leakage > _LEAKY:
+            notes = (*notes, f"{leakage:.0%} of the posterior lie outside what its theta were drawn from, where "
+                             "nothing was learned: the rounds before may have left out some of the exact one")
+            warnings.warn(f"Round {number}: {notes[-1]}.", stacklevel=3)
         record = InferenceRound(
-            share=prior.acceptance if isinstance(prior, TruncatedPrior) else 1.0,
-            resampled=isinstance(prior, TruncatedPrior) and prior.resampled,
-            effective=prior.effective if isinstance(prior, TruncatedPrior) else None,
+            share=1.0 if truncated is None else truncated.share,
+            resampled=truncated is not None and truncated.resampled,
+            effective=None if truncated is None else truncated.effective,
             n=new.n, inside=inside.n, trained=trained.n, variances=purchase.variances, spent=spent, leakage=leakage,
-            mean=tuple(draws.mean(0).tolist()), sd=tuple(draws.std(0).tolist()), seconds=seconds, notes=tuple(notes),
+            mean=tuple(draws.mean(0).tolist()), sd=tuple(draws.std(0).tolist()), seconds=seconds,
+            notes=(*purchase.notes, *notes),
         )
         return replace(self, everything=everything, priors=(*self.priors, prior), done=(*self.done, record),
                        estimators=(*self.estimators, estimator), posteriors=(*self.posteriors, posterior))
@@ -358,34 +398,84 @@ class _State:
     def _seed(self, number: int, purpose: int) -> int:
         return child_seed(self.seed, _ROUND_KEY, number, purpose)
 
-    def _next_prior(self, number: int) -> Distribution:
-        """What theta of a round are drawn from, but for those chosen actively."""
-        if number == 1:
-            return self.stack.prior
+    def _options(self, number: int, stack: LevelStack, *, pilot: bool = False) -> dict[str, Any]:
+        """How a round's rows are run and where they are kept."""
+        store = None if self.folder is None else self.folder.part(number) / "store"
+        if store is not None and self.accept_code and (store / "store.json").is_file():
+            accept_code_of(store, stack)
+        asked = self.running["on_failure"]
+        return {**self.running, "store": store, "on_failure": asked if pilot else self.budgeting.on_failure(asked)}
+
+    def _begin(self, decided: dict[str, Any] | None) -> tuple[Purchase, MultilevelData, float, tuple[str, ...]]:
+        """The first round's rows, what they cost, and what is to be said of the observation."""
+        seed = self._seed(1, _SIMULATING)
+        report = self.budgeting.pilot(self.stack, seed, self._options(1, self.stack, pilot=True))
+        notes: tuple[str, ...] = ()
+        if report is not None:  # before the rest is paid for
+            notes = self._look({name: torch.cat([report.outputs[level], report.data.levels[level].fine]) for level, name
+                                in enumerate(self.stack.names)})
+        purchase = self.budgeting.first(report) if decided is None else _purchase(decided)
+        if self.folder is not None and decided is None:
+            self.folder.decide(1, {"purchase": asdict(purchase)})
+        data = simulate(self.stack, purchase.n, seed=seed, reuse=None if report is None else report.data,
+                        **self._options(1, self.stack))
+        if report is None:
+            notes = self._look({name: level.fine for name, level in zip(self.stack.names, data.levels, strict=True)})
+            return purchase, data, _cost(self.stack, data), notes
+        spent = _cost(self.stack, data, after=report.data) + (report.spent if self.stack.costs is not None else 0.0)
+        return purchase, data, spent, notes
+
+    def _look(self, outputs: dict[str, Tensor]) -> tuple[str, ...]:
+        """Warns of an observation that no level produces."""
+        found = outside_all(self.x, outputs)
+        if found is None:
+            return ()
+        warnings.warn(found, stacklevel=5)
+        return (found,)
+
+    def _next_prior(self, number: int, decided: dict[str, Any] | None) -> TruncatedPrior:
+        """What theta of a later round are drawn from, but for those chosen actively."""
+        if decided is not None:
+            return TruncatedPrior.from_settings(self.stack.prior, self.posteriors, decided["prior"])
         region = density_region(self.posteriors[-1], outside=self.outside, seed=self._seed(number, _REGION))
         last = self.priors[-1]
         regions = (*last.regions, region) if isinstance(last, TruncatedPrior) else (region,)
         truncated = truncate_prior(self.stack.prior, regions, seed=self._seed(number, _TRUNCATING))
-        if truncated.resampled and not (isinstance(last, TruncatedPrior) and last.resampled):
-            warnings.warn(_resampled(truncated), stacklevel=4)
+        if truncated.resampled:
+            warnings.warn(_resampled(truncated), stacklevel=5)
         return truncated
 
-    def _simulate(self, number: int, prior: Distribution) -> tuple[Purchase, MultilevelData, float]:
-        """Buys a round's rows; what was bought, and the cost of everything so far."""
-        store = None if self.folder is None else self.folder.part(number) / "store"
-        running = {**self.running, "store": store}
-        seed = self._seed(number, _SIMULATING)
-        if number == 1:
-            new, purchase = self.budgeting.begin(self.stack, seed, running)
-            return purchase, new, _cost(self.stack, new)
-        before = self.done[-1].spent
-        bought = Bought(_inside(self.data, prior), before, _run_costs(self.stack, self.data), self.done[-1].variances)
-        purchase = self.budgeting.more(self.stack, number, bought, self._seed(number, _PLANNING))
-        proposal = prior
-        if self.active and isinstance(prior, TruncatedPrior):
-            proposal = ActiveProposal(prior, self.posteriors[-1], self.active)
-        new = _rows(replace(self.stack, prior=proposal), purchase.n, seed, RunOptions(**running), like=self.data)
-        return purchase, new, before + _cost(self.stack, new)
+    def _buy(
+        self, number: int, prior: TruncatedPrior, decided: dict[str, Any] | None
+    ) -> tuple[Purchase, MultilevelData, tuple[str, ...]]:
+        """A later round's new rows."""
+        have = _inside(self.data, prior) if self.keep == "inside" else self.data
+        if decided is None:
+            tries = tuple((rows + lost) / rows if rows else 1.0
+                          for rows, lost in zip(self.data.n, self.data.failures, strict=True))
+            bought = Bought(_inside(self.data, prior), self.done[-1].spent, _run_costs(self.stack, self.data), tries,
+                            self.done[-1].variances)
+            purchase = self.budgeting.more(self.stack, number, bought, self._seed(number, _PLANNING))
+            self._check_rows(number, tuple(a + b for a, b in zip(have.n, purchase.n, strict=True)))
+            if self.folder is not None:
+                self.folder.decide(number, {"prior": prior.settings(), "purchase": asdict(purchase)})
+        else:
+            purchase = _purchase(decided)
+        proposal = ActiveProposal(prior, self.posteriors[-1], self.active) if self.active else prior
+        stack = replace(self.stack, prior=proposal)
+        new = _rows(stack, purchase.n, self._seed(number, _SIMULATING), RunOptions(**self._options(number, stack)),
+                    like=self.data)
+        return purchase, new, (_resampled(prior),) if prior.resampled else ()
+
+    def _check_rows(self, number: int, rows: Sequence[int]) -> None:
+        """Raises a `ValueError` if a round cannot be trained."""
+        if min(rows) >= FEWEST_TRAINED:
+            return
+        told = ", ".join(f"{count} of '{name}'" for name, count in zip(self.stack.names, rows, strict=True))
+        inside = ' inside the truncated prior; keep="all" trains on the others too' if self.keep == "inside" else ""
+        raise ValueError(f"Round {number} would train on {told}{inside}. Every level needs {FEWEST_TRAINED}: ask for "
+                         "more rows or a larger budget, or fewer rounds. What was simulated is kept in the folder, if "
+                         "there is one.")
 
     def _fit(self, number: int, data: MultilevelData, prior: Distribution) -> NPE:
         """Trains a round's networks, or reads those that were trained before on the same rows."""
@@ -403,6 +493,7 @@ class _State:
         if part is not None and self.folder is not None:
             estimator.save(part / "model")
             self.folder.note_trained(number, _digest(data))
+            shutil.rmtree(part / "training", ignore_errors=True)
         return estimator
 
 
@@ -440,6 +531,17 @@ class _Folder:
         """Folder of a round."""
         return (self.path if number == 1 else self.own) / f"round-{number}"
 
+    def decided(self, number: int) -> dict[str, Any] | None:
+        """What was decided about a round when it began."""
+        file = self.part(number) / "round.json"
+        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return found
+
+    def decide(self, number: int, content: dict[str, Any]) -> None:
+        """Keeps what was decided, so that going on changes nothing of it."""
+        self.part(number).mkdir(parents=True, exist_ok=True)
+        _write(self.part(number) / "round.json", json.dumps(content, indent=1))
+
     def trained_on(self, number: int) -> str | None:
         """Digest of the rows that a round's networks were trained on."""
         file = self.part(number) / "trained.json"
@@ -468,11 +570,13 @@ def _check_options(
     rounds: int, budget: float | None, n: Any, keep: str, outside: float, active: float,
     strategies: Sequence[Strategy], ensemble: int | None,
 ) -> None:  # fmt: skip
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
         raise ValueError(f"Expected rounds to be a whole number of at least 1; got {rounds!r}.")
     if (budget is None) == (n is None):
         raise ValueError("Expected a budget or n, rows of each level; got "
                          f"{'neither' if budget is None else 'both'}.")
+    if ensemble is not None and ensemble < 1:
+        raise ValueError(f"Expected an ensemble of at least 1; got {ensemble}.")
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise ValueError(f"Expected a positive, finite number as budget; got {budget!r}.")
     if keep not in ("inside", "all"):
@@ -527,12 +631,30 @@ def _inside(data: MultilevelData, prior: Distribution) -> MultilevelData:
     return replace(data, levels=tuple(level.rows(prior.holds(level.theta)) for level in data.levels))
 
 
-def _cost(stack: LevelStack, data: MultilevelData) -> float:
-    """What rows cost, failed ones included."""
+def _cost(stack: LevelStack, data: MultilevelData, after: MultilevelData | None = None) -> float:
+    """What rows cost, failed ones included; of declared costs only what was run after a pilot's."""
     if stack.costs is None or stack.row_costs is None:
         return float(sum(data.seconds or ()))
-    pairs = [rows + lost for rows, lost in zip(data.n, data.failures, strict=True)]
-    return campaign_cost(stack.costs, stack.row_costs, runs=data.runs, pairs=pairs)
+    pairs, runs = ([rows + lost for rows, lost in zip(data.n, data.failures, strict=True)], list(data.runs))
+    if after is not None:
+        pairs = [all_ - own - lost for all_, own, lost in zip(pairs, after.n, after.failures, strict=True)]
+        runs = [all_ - own for all_, own in zip(runs, after.runs, strict=True)]
+    return campaign_cost(stack.costs, stack.row_costs, runs=runs, pairs=pairs)
+
+
+def _purchase(decided: dict[str, Any]) -> Purchase:
+    """A purchase that was kept."""
+    found = decided["purchase"]
+    variances = found["variances"]
+    return Purchase(tuple(found["n"]), None if variances is None else tuple(variances), tuple(found["notes"]))
+
+
+def _output_shape(stack: LevelStack, seed: int, running: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of one output, by one run of the cheapest level that does not fail."""
+    options = RunOptions(**{**running, "on_failure": "redraw", "retry_failed": False, "progress": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a failed row, which another takes the place of
+        return tuple(simulate_level(stack, 0, 1, seed=seed, stream=_SHAPE_STREAM, options=options)[1].shape[1:])
 
 
 def _run_costs(stack: LevelStack, data: MultilevelData) -> tuple[float, ...]:
@@ -543,9 +665,10 @@ def _run_costs(stack: LevelStack, data: MultilevelData) -> tuple[float, ...]:
 
 
 def _resampled(prior: TruncatedPrior) -> str:
-    return (f"The truncated prior holds {prior.acceptance:.2g} of the prior, less than {LEAST_ACCEPTANCE:g}: its draws "
-            f"are posterior draws, resampled by their weights, each out of 256 that count as "
-            f"{prior.effective or 0:.1f} equally weighted ones.")
+    few = " So few make them narrower than the truncated prior." if (prior.effective or 0) < _FEW else ""
+    return (f"Of draws proposed for the truncated prior, which holds {prior.share:.2g} of the prior, less than "
+            f"{LEAST_ACCEPTANCE:g} lie inside: its draws are posterior draws, resampled by their weights, each out of "
+            f"256 that count as {prior.effective or 0:.1f} equally weighted ones.{few}")
 
 
 def _digest(data: MultilevelData) -> str:

@@ -48,16 +48,18 @@ def outside_all(x_o: Tensor, outputs: Mapping[str, Tensor]) -> str | None:
 
     Args:
         x_o: Observation, shape `(...)` or `(1, ...)`.
-        outputs: Simulated outputs by level, finest last, each `(n, ...)`; those with less than 8 rows say nothing, and
-            nothing is said where the finest level is one of them.
+        outputs: Simulated outputs by level, finest last, each `(n, ...)`; those with less than 8 rows say nothing.
     """
     finest = list(outputs.values())[-1].flatten(1)
     asked = {name: x for name, x in outputs.items() if len(x) >= _FEWEST}
-    if len(finest) < _FEWEST or any(surprise(x_o, x) <= 1 + _MARGIN / len(x) for x in asked.values()):
+    if not asked or any(surprise(x_o, x) <= 1 + _MARGIN / len(x) for x in asked.values()):
         return None
     rows = ", ".join(f"{len(x)} of '{name}'" for name, x in asked.items())
     flat = x_o.flatten()
     beyond = ((flat < finest.amin(0)) | (flat > finest.amax(0))).nonzero()[:, 0].tolist()
-    where = f" Its entries {beyond[:10]} lie outside their range." if beyond else ""
+    where = f" Its entries {beyond[:10]} lie outside the finest level's range." if beyond else ""
+    if len(finest) < _FEWEST:
+        return (f"The observation is farther from the simulations ({rows}) than each of these from the others, and "
+                f"{len(finest)} of the finest level are too few to tell whether that one produces it.")
     return (f"The observation is farther from the simulations ({rows}) than each of these from the others.{where} "
             "Check its units, order and preprocessing, the prior, and whether the model can produce it at all.")

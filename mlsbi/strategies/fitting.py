@@ -27,7 +27,7 @@ from mlsbi.training.members import Member, Schedule, at_once
 from mlsbi.training.objective import Term, split_terms
 from mlsbi.training.options import TrainingOptions
 
-__all__ = ["Problem", "fit_ensemble", "fit_replicates", "likelihood_problem", "posterior_problem"]
+__all__ = ["Problem", "check_strategy", "fit_ensemble", "fit_replicates", "likelihood_problem", "posterior_problem"]
 
 _FEW_HELD_OUT = 10  # rows: with fewer, the best epoch of one split is mostly chance
 _MOST_FOLDS = 10
@@ -161,6 +161,27 @@ def _check_levels(data: MultilevelData, prior: Distribution) -> None:
     """Raises a `ValueError` unless every level's theta fits the prior."""
     for name, level in zip(data.names, data.levels, strict=True):
         check_theta(prior, level.theta, where=f"level '{name}' of the data")
+
+
+def check_strategy(
+    strategy: Strategy, levels: int, shape: Sequence[int], *, options: TrainingOptions, of_outputs: bool = False
+) -> None:
+    """Raises a `ValueError` if a strategy cannot use coupled data of so many levels and such outputs.
+
+    Args:
+        strategy: The strategy.
+        levels: Levels.
+        shape: Shape of one output.
+        options: How it trains.
+        of_outputs: Whether a likelihood is to be learned.
+    """
+    x, theta = torch.zeros(1, *shape), torch.zeros(1, 1)
+    first, second = (x.flatten(1), theta) if of_outputs else (theta, x)
+    strategy.terms([Term(first, second, second if level else None, first if level else None, of_outputs=of_outputs)
+                    for level in range(levels)])
+    if getattr(strategy, "covers", False) and not options.validation_fraction:
+        raise ValueError(f"{type(strategy).__name__} is weighted by held-out rows: expected a validation_fraction "
+                         "above 0.")
 
 
 def fit_ensemble(

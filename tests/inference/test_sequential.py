@@ -4,16 +4,19 @@ import os
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import mlsbi
 from mlsbi import MDN, BoxPrior, Level, LevelStack, Multilevel, SimulationError, SingleLevel, TrainingOptions
 from mlsbi.inference.active import ActiveProposal, disagreement
+from mlsbi.inference.budgeting import Bought, Budget
 from mlsbi.inference.sequential import infer_sequentially
 from mlsbi.inference.surprise import outside_all, surprise
-from mlsbi.inference.truncated import TruncatedPrior
+from mlsbi.inference.truncated import TruncatedPrior, TruncationError
 from mlsbi.priors import sample_prior
+from mlsbi.randomness import child_seed
 
 SD = 0.05
 CALLS = []
@@ -267,14 +270,20 @@ def test_an_observation_like_the_finest_level_alone_is_no_surprise():
     assert outside_all(torch.zeros(2), {"low": low, "high": high}) is None
     assert outside_all(torch.full((2,), 20.0), {"low": low, "high": high}) is None
     assert "10 of 'high'" in outside_all(torch.full((2,), 10.0), {"low": low, "high": high})
-    assert outside_all(torch.full((2,), 10.0), {"low": low, "high": high[:7]}) is None
+    assert "too few to tell" in outside_all(torch.full((2,), 10.0), {"low": low, "high": high[:7]})
+    assert outside_all(torch.full((2,), 20.0), {"low": low, "high": high[:7]}) is None
+    assert outside_all(torch.full((2,), 10.0), {"low": low[:7], "high": high[:7]}) is None
 
 
 @pytest.mark.parametrize(("options", "match"), [
     ({}, "a budget or n"),
     ({"n": (100, 10), "budget": 3.0}, "got both"),
     ({"n": (100, 10), "rounds": 0}, "rounds"),
-    ({"n": (100, 2), "rounds": 3}, r"round 3 of 3 has \(33, 0\)"),
+    ({"n": (100, 3), "rounds": 3}, r"round 1 of 3 has \(34, 1\)"),
+    ({"n": (100, 6), "rounds": 9}, r"round 1 of 9 has \(12, 1\)"),
+    ({"n": 60}, "one a level"),
+    ({"n": (100, 10), "ensemble": 0}, "ensemble of at least 1"),
+    ({"n": (60, 10), "strategy": "auto", "training": TrainingOptions(validation_fraction=0.0)}, "held-out rows"),
     ({"n": [(100, 2)], "rounds": 2}, "one entry a round, 2"),
     ({"n": [(0, 2), (0, 2)], "rounds": 2}, "every level in the first round"),
     ({"n": [(9, 2), (9, 0)], "rounds": 2}, "the finest in each"),
@@ -300,6 +309,113 @@ def test_bad_requests_stop_before_anything_is_spent(options, match):
     assert not any(name == "high" for name, _ in CALLS)
 
 
+def test_a_strategy_that_cannot_use_the_stack_is_told_after_one_run():
+    CALLS.clear()
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        infer(make_stack(levels=1), n=(60,), strategy="transfer")
+    assert CALLS == [("high", 1)]
+
+
 def test_a_strategy_for_each_round():
     found = infer(rounds=2, n=(60, 20), strategy=("high", Multilevel()))
     assert found.estimator.strategy == Multilevel()
+
+
+def test_a_round_without_rows_to_train_on_stops_before_it_is_paid_for():
+    CALLS.clear()
+    with pytest.raises(ValueError, match=r"Round 2 would train on \d of 'low', .*keep=\"all\""):
+        infer(rounds=2, n=[(2, 60), (0, 60)], strategy="transfer", outside=0.5)
+    assert sum(n for name, n in CALLS if name == "high") == 60
+
+
+@pytest.mark.parametrize("on_failure", ["drop", "redraw"])
+def test_a_budget_holds_where_rows_fail(on_failure):
+    def fragile(theta, noise):
+        return torch.where(noise[:, :1] > 0.3, math.nan, high(theta, noise))  # 38%
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = infer(make_stack(high=fragile), rounds=3, budget=6000, pilot_rows=24, integrand="output",
+                      on_failure=on_failure)
+    assert all(done.spent <= 2000 * number for number, done in enumerate(found.rounds, 1))
+    assert found.rounds[-1].spent > 5000
+    assert found.spent == pytest.approx(found.data.runs[0] + 20 * found.data.runs[1])
+
+
+@pytest.mark.parametrize("pair_costs", [None, [1.0, 5.0, 20.0], [1.0, 30.0, 60.0]])
+def test_three_levels_and_costs_of_pairs(pair_costs):
+    base = make_stack()
+    middle = Level("middle", lambda theta, noise: 1.05 * theta + SD * noise, cost=6.0)
+    stack = replace(base, levels=[base.levels[0], middle, base.levels[1]], pair_costs=pair_costs)
+    found = infer(stack, rounds=2, budget=4000, pilot_rows=8, integrand="output")
+    costs = stack.row_costs
+    assert found.spent <= 4000
+    # Every row as it is paid for; the pilot's eight joint rows and their replays by themselves.
+    later = sum(n * cost for n, cost in zip(found.rounds[1].n, costs, strict=True))
+    assert found.rounds[1].spent - found.rounds[0].spent == pytest.approx(later)
+    first = mlsbi.simulate_adaptively(stack, 2000, seed=child_seed(0, 1 << 21, 1, 0), rounds=1, pilot_rows=8, minimum=8,
+                                      integrand="output", progress=False)
+    assert first.data.n == found.rounds[0].n
+    assert found.rounds[0].spent == pytest.approx(first.spent)
+
+
+def test_a_budget_that_costs_have_outrun_buys_what_it_can():
+    budget = Budget(total=100.0, rounds=2, pilot_rows=8, pilot_options={}, remeasuring=None)
+    inside = mlsbi.MultilevelData.from_arrays([(torch.rand(3, 1), torch.rand(3, 1)),
+                                               (torch.rand(2, 1), torch.rand(2, 1), torch.rand(2, 1))])
+    for spent, expected in ((99.9, (0, 0)), (57.0, (1, 2)), (0.0, None)):
+        purchase = budget.more(make_stack(), 2, Bought(inside, spent, (1.0, 20.0), (1.0, 1.0), (1.0, 1.0)), seed=0)
+        cost = purchase.n[0] + 21 * purchase.n[1]
+        assert cost <= 100 - spent
+        if expected is not None:
+            assert purchase.n == expected
+            assert any("bought no 8 rows" in note for note in purchase.notes)
+
+
+def test_one_level_with_a_budget():
+    found = infer(make_stack(levels=1), rounds=2, budget=1600, pilot_rows=8, integrand="output", strategy="high")
+    assert found.spent <= 1600
+    assert len(found.rounds[1].n) == 1
+
+
+def test_other_priors_and_fewer_parameters():
+    stack = replace(make_stack(), prior=torch.distributions.Independent(
+        torch.distributions.Normal(torch.ones(2), torch.ones(2)), 1))
+    found = infer(stack, rounds=2, n=(200, 40), outside=1e-2)
+    assert found.rounds[1].share < 1
+    assert found.priors[1].holds(found.data.levels[1].theta[20:]).all()
+    base = make_stack()
+    part = Level("part", lambda theta, noise: theta + SD * noise, cost=1.0, parameters=["rate"])
+    partly = replace(base, levels=[part, base.levels[1]])
+    assert infer(partly, rounds=2, n=(200, 40), outside=1e-2).rounds[1].share < 1
+
+
+def test_rounds_that_contradict_each_other_give_what_was_found(monkeypatch):
+    def contradict(*arguments, **options):
+        raise TruncationError("rounds contradict each other")
+
+    monkeypatch.setattr("mlsbi.inference.sequential.truncate_prior", contradict)
+    with pytest.raises(TruncationError) as caught:
+        infer(rounds=2, n=(60, 16))
+    assert len(caught.value.found.rounds) == 1
+    assert caught.value.found.posterior.sample((2,), seed=0).shape == (2, 2)
+
+
+def test_what_was_decided_stands_when_networks_come_out_otherwise(tmp_path, monkeypatch):
+    """Another machine rounds otherwise: plans and regions are read, not found anew."""
+    options = {"rounds": 2, "budget": 3000, "pilot_rows": 8, "integrand": "output", "folder": tmp_path / "kept"}
+    found = infer(**options)
+    monkeypatch.setattr("mlsbi.inference.sequential.density_region", None)
+    monkeypatch.setattr("mlsbi.inference.budgeting.optimal_allocation", None)
+    CALLS.clear()
+    again = infer(**options)
+    assert [done.n for done in again.rounds] == [done.n for done in found.rounds]
+    assert not any(name == "high" for name, _ in CALLS)
+    assert not list((tmp_path / "kept").glob("**/training"))
+    assert infer(**{**options, "rounds": np.int64(2), "seed": np.int64(0)}).rounds[1].n == found.rounds[1].n
+
+
+def test_leakage_is_warned_of(monkeypatch):
+    monkeypatch.setattr("mlsbi.inference.sequential._LEAKY", -1.0)
+    with pytest.warns(UserWarning, match="lie outside what its theta were drawn from"):
+        infer(rounds=1, n=(60, 16))

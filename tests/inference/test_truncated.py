@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 from mlsbi import BoxPrior
-from mlsbi.inference.truncated import Region, TruncatedPrior, density_region, truncate_prior
+from mlsbi.inference.truncated import Region, TruncatedPrior, TruncationError, density_region, truncate_prior
 from mlsbi.priors import check_prior, sample_prior
 
 PRIOR = BoxPrior([0.0, -1.0], [1.0, 1.0], names=["rate", "shift"])
@@ -28,8 +29,8 @@ class Bell:
 
 def ball(mean, radius):
     """A disc about a mean."""
-    bell = Bell(mean, [1.0, 1.0])
-    return Region(bell, -0.5 * radius**2 - math.log(2 * math.pi))
+    bell, centre = Bell(mean, [1.0, 1.0]), torch.tensor(mean)
+    return Region(bell, -0.5 * radius**2 - math.log(2 * math.pi), centre - 1.1 * radius, centre + 1.1 * radius)
 
 
 def test_a_region_leaves_out_the_share_asked_for():
@@ -48,7 +49,8 @@ def test_draws_are_the_priors_inside():
     truncated = truncate_prior(PRIOR, [region], seed=0)
     share = math.pi * 0.3**2 / 2
     assert not truncated.resampled
-    assert truncated.acceptance == pytest.approx(share, rel=0.2)
+    assert truncated.share == pytest.approx(share, rel=0.2)
+    assert truncated.acceptance == pytest.approx(math.pi / 4 / 1.21, rel=0.2)  # of the box about the disc
     draws = sample_prior(truncated, 20_000, seed=1)
     assert truncated.holds(draws).all()
     # Uniform in a disc: radius squared is uniform, and so is the angle.
@@ -84,7 +86,7 @@ def test_density_and_support():
     assert log_prob[0, 1:].tolist() == [-math.inf, -math.inf]
     assert truncated.names == ("rate", "shift")
     check_prior(truncated)
-    assert "share 0.1" in repr(truncated)
+    assert "log q >= " in repr(truncated)
     assert truncated.sample().shape == (2,)
     assert truncated.sample((2, 3)).shape == (2, 3, 2)
 
@@ -98,28 +100,69 @@ def test_seeds_reproduce_and_leave_global_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_tiny_region_is_drawn_from_by_resampling():
+def test_a_tiny_region_is_found_in_its_box():
     bell = Bell([0.5, 0.0], [0.001, 0.001])
+    truncated = truncate_prior(PRIOR, [density_region(bell, outside=1e-3, draws=20_000, seed=0)], seed=0)
+    assert not truncated.resampled
+    radius = 0.001 * math.sqrt(2 * math.log(1e3))
+    assert truncated.share == pytest.approx(math.pi * radius**2 / 2, rel=0.2)
+    away = (sample_prior(truncated, 4000, seed=1) - torch.tensor([0.5, 0.0])) / radius
+    assert float(away.square().sum(1).median()) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(4000))
+
+
+class Wide(Independent):
+    """A prior that is not a box: its draws are all that is proposed."""
+
+    def __init__(self):
+        super().__init__(Normal(torch.zeros(2), torch.ones(2)), 1, validate_args=False)
+
+
+def test_other_priors_are_cut_too():
+    prior, region = Wide(), ball([1.0, 0.0], 0.5)
+    truncated = truncate_prior(prior, [region], seed=0)
+    assert truncated.share == truncated.acceptance
+    draws, drawn = sample_prior(truncated, 5000, seed=1), sample_prior(prior, 200_000, seed=2)
+    kept = drawn[region.holds(drawn)]
+    assert truncated.share == pytest.approx(len(kept) / len(drawn), rel=0.2)
+    error = (draws.var(0) / len(draws) + kept.var(0) / len(kept)).sqrt()
+    assert float(((draws.mean(0) - kept.mean(0)) / error).abs().max()) < 4
+
+
+def test_what_cannot_be_found_is_resampled():
+    prior, bell = Wide(), Bell([0.5, 0.0], [0.001, 0.001])
     region = density_region(bell, outside=1e-3, draws=20_000, seed=0)
     radius = 0.001 * math.sqrt(2 * math.log(1e3))
-    truncated = truncate_prior(PRIOR, [region], seed=0)
+    truncated = truncate_prior(prior, [region], seed=0)
     assert truncated.resampled
-    assert truncated.acceptance == pytest.approx(math.pi * radius**2 / 2, rel=0.4)
-    assert 1 < truncated.effective < 256
+    density = math.exp(-0.125) / (2 * math.pi)
+    assert truncated.share == pytest.approx(density * math.pi * radius**2, rel=0.4)
+    assert 1 <= truncated.effective < 256
     draws = sample_prior(truncated, 4000, seed=1)
     assert truncated.holds(draws).all()
     away = (draws - torch.tensor([0.5, 0.0])) / radius
-    # Nearly uniform in the disc, where a radius squared of 1/2 is the median; the posterior's own would be .1.
-    assert float(away.square().sum(1).median()) == pytest.approx(0.5, abs=0.12)
+    # Wider than the posterior's own (a median of .1), and not as wide as the truncated prior's (.5).
+    assert 0.25 < float(away.square().sum(1).median()) < 0.55
 
 
 def test_rounds_that_contradict_each_other_are_told():
     far = [density_region(Bell([0.2, 0.0], [1e-4, 1e-4]), draws=2000, seed=0),
            density_region(Bell([0.8, 0.0], [1e-4, 1e-4]), draws=2000, seed=0)]
-    with pytest.raises(RuntimeError, match="contradict each other"):
+    with pytest.raises(TruncationError, match="contradict each other"):
         truncate_prior(PRIOR, far, seed=0)
 
 
 def test_draws_that_never_come_are_told():
-    with pytest.raises(RuntimeError, match="lie in the truncated prior"):
-        TruncatedPrior(PRIOR, [ball([5.0, 5.0], 0.1)], 0.5).sample((10,))
+    nothing = ball([5.0, 5.0], 0.1)
+    with pytest.raises(TruncationError, match="lie in the truncated prior"):
+        TruncatedPrior(PRIOR, [nothing], share=0.5, acceptance=0.5).sample((10,))
+    with pytest.raises(TruncationError, match="Nearly no draw"):
+        TruncatedPrior(PRIOR, [nothing], share=0.5, acceptance=0.5, resampled=True).sample((1,))
+
+
+def test_it_is_kept_as_json_and_read_back():
+    bell = Bell([0.5, 0.0], [0.1, 0.2])
+    regions = [density_region(bell, outside=outside, draws=5000, seed=0) for outside in (1e-3, 1e-2)]
+    truncated = truncate_prior(PRIOR, regions, seed=0)
+    again = TruncatedPrior.from_settings(PRIOR, [bell, bell], json.loads(json.dumps(truncated.settings())))
+    assert torch.equal(sample_prior(truncated, 50, seed=1), sample_prior(again, 50, seed=1))
+    assert (again.share, repr(again)) == (truncated.share, repr(truncated))
