@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
+    from mlsbi.inference.truncated import TruncationError
     from mlsbi.simulation.scheduling import SimulationError
     from mlsbi.training.history import TrainingError
 
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options.function(options, given)
-    except (ValueError, TypeError, OSError, ImportError, SimulationError, TrainingError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SimulationError, TrainingError,
+            TruncationError) as error:
         print(f"mlsbi: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -27,7 +27,15 @@ from mlsbi.allocation.pilot_report import PilotReport
 from mlsbi.allocation.piloting import pilot, pilot_cost
 from mlsbi.cli.folders import KEPT, STORE, TRAINING, begin, read_kept, write_json
 from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
-from mlsbi.cli.sequential import ROUNDS, check_rounds, infer_rounds, is_sequential, record_rounds, simulate_inside
+from mlsbi.cli.sequential import (
+    ROUNDS,
+    check_rounds,
+    infer_rounds,
+    is_sequential,
+    record_rounds,
+    set_aside,
+    simulate_inside,
+)
 from mlsbi.cli.targets import Target
 from mlsbi.data import MultilevelData, count_runs, spread
 from mlsbi.density.embeddings import embedding_to_config
@@ -48,9 +56,9 @@ from mlsbi.simulation.campaign import simulate
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.seeding import RowSource
 from mlsbi.store.records import TEST_STREAM
+from mlsbi.strategies.fitting import check_strategy
 from mlsbi.strategies.registry import strategy_to_config
 from mlsbi.training.history import TrainingError
-from mlsbi.training.objective import Term
 
 __all__ = ["check_budget", "run"]
 
@@ -88,15 +96,18 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     estimators = {name: _estimator(target, request, kind, name) for name in request.strategies}
     n_asked = _check_request(target, request, kind)
     _check_strategies(target, request, estimators)
-    sequential = is_sequential(request)
+    sequential = is_sequential(request, kind)
     if sequential:
-        check_rounds(target, request, kind)
+        check_rounds(target, request, n_asked)
     default = target.default_tests if kind == "npe" else min(target.default_tests, _LIKELIHOOD_TESTS)
     n_tests = default if request.tests is None else request.tests
     observed = _read_observation(target, request, kind)
     m = _count_observations(target, request, kind, observed)
     out = request.out
     begin(target, request, say)
+    aside = set_aside(out) if request.overwrite else None
+    if aside is not None:
+        say(f"The rounds of the earlier run, with their simulations, are in {aside}.")
     options = RunOptions(None if target.stack is None else out / STORE, workers=request.workers,
                          on_failure=request.on_failure, retry_failed=request.retry_failed, progress=request.progress)
 
@@ -119,7 +130,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     if test_rows:
         tests = _Tests(*(target.test_sets(test_rows, m, request.seed, options) if kind == "nle"
                          else target.test(test_rows, request.seed, options) if found is None
-                         else simulate_inside(target, found, test_rows, request.seed, options)))
+                         else simulate_inside(target, request, found, test_rows, options)))
     if observed is None and tests is not None:
         truth, observed = tests.theta[0], tests.x[0]
     judged = _judge_rows(target, request, kind, options) if n_tests else None
@@ -214,14 +225,10 @@ def _check_strategies(target: Target, request: RunRequest, estimators: Mapping[s
 
 def _refusal(estimator: NPE | NLE, levels: int, length: int) -> ValueError | None:
     """What an estimator's strategy says against data of so many levels and outputs of such a length."""
-    x, theta = torch.zeros(1, length), torch.zeros(1, 1)
-    of_outputs = isinstance(estimator, NLE)
-    first, second = (x, theta) if of_outputs else (theta, x)
-    rows = [Term(first, second, second if level else None, first if level else None, of_outputs=of_outputs)
-            for level in range(levels)]
     try:
         if estimator.strategy is not None:
-            estimator.strategy.terms(rows)
+            check_strategy(estimator.strategy, levels, (length,), options=estimator.training,
+                           of_outputs=isinstance(estimator, NLE))
     except ValueError as error:
         return error
     return None
@@ -307,7 +314,7 @@ def _check(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     is_set = isinstance(estimator, NLE)
     # After rounds the network knows the truncated prior's posterior alone, which the exact one differs from at edges.
-    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1) and not is_sequential(request)
+    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1) and not is_sequential(request, "npe")
     checks, arrays = check_posterior(
         posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
         seed=child_seed(request.seed, 3), reference=target.reference if known else None,
@@ -479,7 +486,8 @@ def _planned(
     note = None
     if plan is None:
         source = "a fixed data set" if target.stack is None else "your choice or the task's published budget"
-        note = f"The rows per level, {n}, were given ({source}), not planned: no pilot was run."
+        note = "Each round was planned when it began; see the rounds below." if n is None else (
+            f"The rows per level, {n}, were given ({source}), not planned: no pilot was run.")
     table = None
     if report is not None:
         # After rounds the pilot's variances are no longer what the plan rests on.

@@ -2,6 +2,7 @@ r"""Rounds for one observation, as `mlsbi run --x-o FILE --rounds R` makes them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from mlsbi.cli.requests import RunRequest
 from mlsbi.cli.targets import Target
+from mlsbi.inference.budgeting import FixedRows, check_parts
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.sequential import SequentialInference, infer_sequentially
 from mlsbi.inference.truncated import TruncatedPrior
 from mlsbi.randomness import child_seed
 from mlsbi.simulation.campaign import simulate_level
+from mlsbi.simulation.opening import accept_code
 from mlsbi.simulation.running import RunOptions
 from mlsbi.store.records import TEST_STREAM
 
-__all__ = ["ROUNDS", "check_rounds", "infer_rounds", "is_sequential", "record_rounds", "simulate_inside"]
+__all__ = ["ROUNDS", "check_rounds", "infer_rounds", "is_sequential", "record_rounds", "set_aside",
+           "simulate_inside"]
 
 ROUNDS = "rounds"
 """Folder of the rounds' simulations and networks, in that of a run."""
@@ -29,22 +33,32 @@ _KEPT_DRAWS = 1000  # of each round's posterior
 _EXACT_DRAWS = 20_000
 
 
-def is_sequential(request: RunRequest) -> bool:
-    """Whether rounds are for one observation."""
-    return request.rounds > 1 and request.x_o is not None
+def is_sequential(request: RunRequest, kind: str) -> bool:
+    """Whether rounds are for one observation: a likelihood is learned for all."""
+    return request.rounds > 1 and request.x_o is not None and kind == "npe"
 
 
-def check_rounds(target: Target, request: RunRequest, kind: str) -> None:
+def check_rounds(target: Target, request: RunRequest, n: tuple[int, ...] | None) -> None:
     """Raises a `ValueError` if a target or request cannot go in rounds for one observation."""
-    if kind != "npe":
-        raise ValueError("Rounds for one observation (--x-o with --rounds) learn a posterior: add --estimator npe, or "
-                         "leave --rounds out.")
     if target.stack is None:
         raise ValueError(f"'{target.name}' is a fixed data set: nothing can be simulated in rounds. Leave out "
                          "--rounds.")
     if len(request.strategies) > 1:
         raise ValueError("Rounds for one observation simulate where the strategy's own posterior is, so that several "
                          "cannot share them: give one --strategy, and another --out to each run.")
+    if n is not None:
+        FixedRows.read(n, request.rounds, len(target.stack))
+    elif request.budget is not None:
+        check_parts(target.stack, request.budget, request.rounds, request.pilot_rows)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves the rounds of an earlier run out of the way, simulations and all; where to."""
+    if not (folder / ROUNDS).exists():
+        return None
+    aside = next(path for path in (folder / f"{ROUNDS}-{k}" for k in range(1, 10**6)) if not path.exists())
+    os.rename(folder / ROUNDS, aside)
+    return aside
 
 
 def infer_rounds(
@@ -59,17 +73,19 @@ def infer_rounds(
         budget=None if n is not None else request.budget, strategy=estimator.strategy or "multilevel",
         ensemble=members, density=estimator.builder, embedding=estimator.embedding, x_transform=estimator.x_transform,
         training=request.training, pilot_rows=request.pilot_rows, integrand=request.integrand, device=request.device,
-        folder=request.out / ROUNDS, **running,
+        folder=request.out / ROUNDS, accept_code=request.accept_code, **running,
     )
 
 
 def simulate_inside(
-    target: Target, found: SequentialInference, n: int, seed: int, options: RunOptions
+    target: Target, request: RunRequest, found: SequentialInference, n: int, options: RunOptions
 ) -> tuple[Tensor, Tensor]:
-    """Test rows `(theta, x)` of the finest level from what the last round drew theta from."""
+    """Test rows `(theta, x)` of the finest level from what the last round drew theta from, kept in the run's folder."""
     assert target.stack is not None
-    stack = replace(target.stack, prior=found.priors[-1])
-    kept = replace(options, store=None, retry_failed=False)
+    stack, seed = replace(target.stack, prior=found.priors[-1]), request.seed
+    kept = replace(options, store=request.out / ROUNDS / "tests")
+    if request.accept_code and (request.out / ROUNDS / "tests" / "store.json").is_file():
+        accept_code(request.out / ROUNDS / "tests", stack)
     return simulate_level(stack, -1, n, seed=child_seed(seed, TEST_STREAM), stream=TEST_STREAM, options=kept)
 
 
@@ -87,5 +103,5 @@ def record_rounds(target: Target, found: SequentialInference, seed: int, path: P
     last = found.priors[-1]
     return {
         "rounds": [asdict(done) for done in found.rounds], "lost": lost, "divergence": distance,
-        "spent": found.spent, "share": last.acceptance if isinstance(last, TruncatedPrior) else 1.0,
+        "spent": found.spent, "share": last.share if isinstance(last, TruncatedPrior) else 1.0,
     }

@@ -17,7 +17,7 @@ from mlsbi.data import MultilevelData, spread
 from mlsbi.levels import LevelStack, sum_pair_costs
 from mlsbi.simulation.scheduling import OnFailure
 
-__all__ = ["FEWEST_TRAINED", "Bought", "Budget", "Budgeting", "FixedRows", "Purchase"]
+__all__ = ["FEWEST_TRAINED", "Bought", "Budget", "Budgeting", "FixedRows", "Purchase", "check_parts"]
 
 FEWEST_TRAINED = 2
 """Rows of a level that a round needs: one to train on, one to hold out."""
@@ -132,6 +132,15 @@ class FixedRows:
         return asked
 
 
+def check_parts(stack: LevelStack, total: float, rounds: int, pilot_rows: int) -> None:
+    """Raises a `ValueError` if a round's part of a budget cannot pay for the pilot, as far as costs are known."""
+    floor, part = pilot_cost(stack, pilot_rows), total / rounds
+    if floor is not None and part <= floor:
+        raise ValueError(f"Expected a budget whose part for each of {rounds} rounds is beyond the cost of a pilot of "
+                         f"{pilot_rows} rows, {floor:g}; got {total:g}, {part:g} a round. Raise it, or take fewer "
+                         f"rounds or pilot rows (at least {FEWEST}).")
+
+
 @dataclass(frozen=True)
 class Budget:
     r"""Equal parts of a budget, each spent where the variance of the loss inside the truncated prior wants it.
@@ -154,14 +163,6 @@ class Budget:
     pilot_options: dict[str, Any]
     remeasuring: Remeasuring
     minimum: int = FEWEST
-
-    def check(self, stack: LevelStack) -> None:
-        """Raises a `ValueError` if a part of the budget cannot pay for the pilot, as far as costs are known."""
-        floor, part = pilot_cost(stack, self.pilot_rows), self.total / self.rounds
-        if floor is not None and part <= floor:
-            raise ValueError(f"Expected a budget whose part for each of {self.rounds} rounds is beyond the cost of a "
-                             f"pilot of {self.pilot_rows} rows, {floor:g}; got {self.total:g}, {part:g} a round. Raise "
-                             f"it, or take fewer rounds or pilot rows (at least {FEWEST}).")
 
     def pilot(self, stack: LevelStack, seed: int, running: dict[str, Any]) -> PilotReport | None:
         """The first round's pilot."""

@@ -26,7 +26,7 @@ from mlsbi.density.embeddings import EmbeddingBuilder, resolve_embedding
 from mlsbi.density.registry import DensityBuilder, resolve_builder
 from mlsbi.density.standardise import Transform
 from mlsbi.inference.active import ActiveProposal
-from mlsbi.inference.budgeting import FEWEST_TRAINED, Bought, Budget, Budgeting, FixedRows, Purchase
+from mlsbi.inference.budgeting import FEWEST_TRAINED, Bought, Budget, Budgeting, FixedRows, Purchase, check_parts
 from mlsbi.inference.loading import load
 from mlsbi.inference.npe import NPE
 from mlsbi.inference.observations import read_observation
@@ -287,7 +287,7 @@ def infer_sequentially(
         remeasuring = Remeasuring(stack.prior, resolve_integrand(integrand), "npe", builder, reads, x_transform, device,
                                   progress)
         budgeting = Budget(budget, rounds, pilot_rows, {"integrand": integrand, **networks}, remeasuring)
-        budgeting.check(stack)
+        check_parts(stack, budget, rounds, pilot_rows)
     else:
         assert n is not None
         budgeting = FixedRows.read(n, rounds, len(stack))

@@ -231,21 +231,21 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def _share(value: float) -> str:
-    return f"{value:.3g}" if value < 0.001 else f"{value:.1%}"
+    return f"{value:.1g}" if 0 < value < 0.001 else f"{value:.1%}"
 
 
 def _rounds(results: Mapping[str, Any]) -> list[str]:
     """What rounds for one observation make of what follows."""
-    found = results.get("sequential")
+    found, records = results.get("sequential"), results["strategies"]
     if not found:
         return []
     last = found["rounds"][-1]
     told = [f"It was found in {len(found['rounds'])} rounds and holds for this observation alone: the last round drew "
-            f"parameters from {_share(last['share'])} of the prior, and {last['leakage']:.1%} of its posterior lie "
-            "outside. Checks are on test simulations inside."]
+            f"parameters from {_share(last['share'])} of the prior, and {_share(last['leakage'])} of its posterior "
+            f"lie outside.{' Checks are on test simulations inside.' if records[0]['checks'] else ''}"]
     if found["lost"] is not None:
-        told.append(f"Of the exact posterior, {found['lost'][-1]:.2%} lie outside and are lost; the divergence from it "
-                    f"is {found['divergence'][-1]:.2f} nats.")
+        told.append(f"Of the exact posterior, {_share(found['lost'][-1])} lie outside and are lost; the divergence from "
+                    f"it is {found['divergence'][-1]:.2f} nats.")
     return told + [note for done in found["rounds"] for note in done["notes"]]
 
 

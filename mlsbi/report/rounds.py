@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlsbi.report.elements import Cell, figure, listing, paragraph, section, subheading, table
-from mlsbi.report.wording import Record, measured, part, percent, unit_of
+from mlsbi.report.wording import Record, measured, part, unit_of
 
 __all__ = ["told"]
 
@@ -22,13 +22,13 @@ def told(results: Record, figures: Path) -> str:
     rounds, names = found["rounds"], [str(level["name"]) for level in results.get("levels") or []]
     unit, lost = unit_of(results), found.get("lost")
     header = ["round", "share of the prior", *(f"new rows of {name}" for name in names),
-              *(f"inside, of {name}" for name in names), f"spent so far ({unit})", "of its posterior outside"]
-    header += ["of the exact posterior outside", "divergence (nats)"] if lost is not None else []
+              *(f"inside, of {name}" for name in names), f"spent so far ({unit})", "share of its posterior outside"]
+    header += ["share of the exact posterior outside", "divergence (nats)"] if lost is not None else []
     body: list[list[Cell]] = []
     for index, done in enumerate(rounds):
         row: list[Cell] = [str(index + 1), measured(done["share"]), *done["n"], *done["inside"],
-                           measured(done["spent"]), percent(done["leakage"])]
-        body.append(row + ([percent(lost[index]), measured(found["divergence"][index])] if lost is not None else []))
+                           measured(done["spent"]), measured(done["leakage"])]
+        body.append(row + ([measured(lost[index]), measured(found["divergence"][index])] if lost is not None else []))
     parameters = list(map(str, part(results, "asked").get("parameters") or []))
     moments: list[list[Cell]] = [
         [str(index + 1), *(f"{mean:.4g} \u00b1 {sd:.2g}" for mean, sd in zip(done["mean"], done["sd"], strict=True))]

@@ -541,10 +541,34 @@ def test_rounds_for_one_observation(own_stack, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mlsbi.NPE.fit", None)  # its networks are read
     assert main(arguments) == 0
     again = read_results(out)
-    for results in (again, read_results(out)):
-        assert [done["n"] for done in results["sequential"]["rounds"]] == [first["n"], second["n"]]
+    assert [done["n"] for done in again["sequential"]["rounds"]] == [first["n"], second["n"]]
     assert only(again)["posterior"]["mean"] == only(results)["posterior"]["mean"]
+    assert only(again)["checks"] == only(results)["checks"]
     assert main(["report", str(out)]) == 0
+
+
+def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [*own_stack, "--rounds", "2", "--tests", "0", "--out", str(out), "--n"]
+    assert main([*arguments, "60,10"]) == 0
+    before = (out / "results.json").read_bytes()
+    assert main([*arguments, "60,2", "--overwrite"]) == 2  # refused before anything is removed
+    assert (out / "results.json").read_bytes() == before
+    assert main([*arguments, "60,12", "--overwrite"]) == 0
+    assert "rounds-1" in capsys.readouterr().out
+    assert (out / "rounds-1/round-1/store/store.json").is_file()
+    assert read_results(out)["spent"]["n"] == [60, 12]
+    assert "Checks are on" not in " ".join(read_results(out)["verdict"])
+
+
+def test_rounds_go_on_after_the_code_changed_on_ones_word(own_stack, tmp_path):
+    arguments = [*own_stack, "--rounds", "2", "--n", "60,10", "--tests", "4", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (tmp_path / "out/results.json").unlink()
+    text = (tmp_path / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("return theta + noise\n", "return noise + theta\n"))
+    assert main(arguments) == 2
+    assert main([*arguments, "--accept-code"]) == 0
 
 
 def test_rounds_of_a_task_say_what_of_the_exact_posterior_is_lost(tmp_path):
@@ -563,7 +587,6 @@ def test_rounds_of_a_task_say_what_of_the_exact_posterior_is_lost(tmp_path):
     (["--budget", "1500"], "beyond the cost of a pilot of 64 rows"),
     (["--n", "20,2"], "rows of every level|at least one|finest"),
     (["--n", "200,20", "--strategy", "multilevel,high"], "give one --strategy"),
-    (["--n", "200,20", "--estimator", "nle"], "add --estimator npe"),
 ])
 def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, match, tmp_path, capsys):
     out = tmp_path / "out"
