@@ -10,12 +10,15 @@ Observations: of `ou2` the ten that were published with the training data (`--da
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
   `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
   by emulation: the first by three Gaussian emulators alone);
-- `mf_abc`, multifidelity rejection.
+- `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
+
+Networks that go on in a later round hold out other rows than before, some of which they were trained on.
 
 All neural methods have ensembles of five of the task's network. Scores are C2ST of 1000 against 1000 draws: of a random
 forest with five folds, as published, and of the perceptron of `sbi`; the share of the exact posterior outside
 what the last round drew theta from; what was spent. A cell is one (task, runs, method, observation), kept in `--cells`
-and in the result file, so that an interrupted run goes on.
+and in the result file, so that an interrupted run goes on; another `--first`, or other observations for want of
+`--data`, need another `--cells`.
 
     python experiments/bench_sequential.py --data FOLDER --workers 2
 """
@@ -24,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 import warnings
@@ -145,7 +147,8 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
     assert stack is not None
     if job.method == "mf_abc":
         found = multifidelity_abc(stack, x_o, low_runs=LOW, high_runs=job.high, seed=first)
-        return found.sample(DRAWS, seed=first), {"effective": found.effective, "runs": found.runs}
+        return found.sample(DRAWS, seed=first), {"effective": found.effective, "negative": found.negative,
+                                                     "runs": found.runs}
     part = job.high // ROUNDS
     options: dict[str, Any] = {"rounds": ROUNDS, "keep": "all", "go_on": True,
                                "strategy": ("transfer", *["high"] * (ROUNDS - 1)),
@@ -160,17 +163,15 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
         assert costs is not None
         options = {"rounds": OWN_ROUNDS, "strategy": (SCOUT, Emulation()), "pilot_rows": 8, "outside": 1e-4,
                    "budget": LOW * costs[0] + job.high * costs[1]}
-    shared = folder / "rounds" / f"{job.task}-{job.high}-{job.method}"
+    shared = folder / "rounds" / f"{job.task}-{job.high}-{job.method}-{first}"
     run = infer_sequentially(stack, x_o, seed=first, ensemble=MEMBERS, density=task.density, embedding=task.embedding,
                              x_transform=task.x_transform, folder=shared, progress=False, **options)
-    for rounds in shared.glob("observation-*/round-*/training"):
-        shutil.rmtree(rounds, ignore_errors=True)
     exact = task.reference.sample(EXACT_DRAWS, x_o, seed=first) if task.reference is not None else None
     lost = run.truncation_error(exact)[-1] if exact is not None else None
     return run.posterior.sample((DRAWS,), seed=first), {
         "lost": lost, "spent": run.spent, "shares": [done.share for done in run.rounds],
         "n": [done.n for done in run.rounds], "leakage": [done.leakage for done in run.rounds],
-        "c2st_rounds": [forest(task, x_o, posterior.sample((DRAWS,), seed=first), first)
+        "c2st_rounds": [forest(task, x_o, posterior.sample((DRAWS,), seed=first), first + (job.observation or 0))
                         for posterior in run.posteriors],
     }
 
@@ -200,12 +201,14 @@ def methods_of(task: str, data: Path | None) -> tuple[str, ...]:
     return (*METHODS, *extra)
 
 
-def known_cells(names: Sequence[str], data: Path | None, folder: Path) -> dict[tuple[str, int, str, int], Any]:
+def known_cells(
+    names: Sequence[str], data: Path | None, folder: Path, first: int
+) -> dict[tuple[str, int, str, int], Any]:
     """Finished cells, from the folder and from the result file."""
     path = RESULTS / f"{NAME}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     found: dict[tuple[str, int, str, int], Any] = {}
-    if kept.get("method") == METHOD:
+    if kept.get("method") == METHOD and kept.get("first") == first and kept.get("published_data") == (data is not None):
         found = {(task, int(high), method, int(index)): cell for task, by_high in kept["cells"].items()
                  for high, by_method in by_high.items() for method, cells in by_method.items()
                  for index, cell in cells.items()}
@@ -320,7 +323,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("runs") / NAME, help="folder of finished cells")
     parser.add_argument("--gather", action="store_true", help="only gather what is there")
     options = parser.parse_args()
-    known = known_cells(options.tasks, options.data, options.cells)
+    known = known_cells(options.tasks, options.data, options.cells, options.first)
     groups = [] if options.gather else jobs_of(options.tasks, options.high, options.data, known)
     if options.only:
         groups = [group for group in groups if group[0].method in options.only]
@@ -329,7 +332,8 @@ def main() -> None:
         for done in as_completed([pool.submit(run_group, group, options.data, options.first, options.cells)
                                   for group in groups]):
             done.result()
-    content = gather(known_cells(["ou2", "ou"], options.data, options.cells))
+    content = gather(known_cells(["ou2", "ou"], options.data, options.cells, options.first))
+    content |= {"first": options.first, "published_data": options.data is not None}
     print(markdown(content["table"]))
     print(write_result(NAME, content, compact="cells"))
     draw(content, Path(__file__).parents[1] / "docs" / "sequential.png")

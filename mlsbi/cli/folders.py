@@ -20,7 +20,11 @@ from mlsbi.simulation.opening import OtherStackError, accept_code, store_for
 from mlsbi.store.store import StoreError, open_store
 from mlsbi.strategies.registry import strategy_names
 
-__all__ = ["KEPT", "REQUEST", "STORE", "TRAINING", "begin", "is_finished", "is_same", "read_kept", "write_json"]
+__all__ = ["KEPT", "REQUEST", "ROUNDS", "STORE", "TRAINING", "begin", "is_finished", "is_same", "read_kept",
+           "write_json"]
+
+ROUNDS = "rounds"
+"""Folder of the simulations and networks of rounds for one observation, in that of a run."""
 
 STORE = "store"
 """Folder of the simulations, in that of a run."""

@@ -25,10 +25,9 @@ from mlsbi.allocation.comparing import error_curves
 from mlsbi.allocation.optimal import Allocation, optimal_allocation
 from mlsbi.allocation.pilot_report import PilotReport
 from mlsbi.allocation.piloting import pilot, pilot_cost
-from mlsbi.cli.folders import KEPT, STORE, TRAINING, begin, read_kept, write_json
+from mlsbi.cli.folders import KEPT, ROUNDS, STORE, TRAINING, begin, read_kept, write_json
 from mlsbi.cli.requests import FEWEST_ROWS, RunRequest
 from mlsbi.cli.sequential import (
-    ROUNDS,
     check_rounds,
     infer_rounds,
     is_sequential,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlsbi.cli.folders import ROUNDS
 from mlsbi.cli.requests import RunRequest
 from mlsbi.cli.targets import Target
 from mlsbi.inference.budgeting import FixedRows, check_parts
@@ -23,11 +24,7 @@ from mlsbi.simulation.opening import accept_code
 from mlsbi.simulation.running import RunOptions
 from mlsbi.store.records import TEST_STREAM
 
-__all__ = ["ROUNDS", "check_rounds", "infer_rounds", "is_sequential", "record_rounds", "set_aside",
-           "simulate_inside"]
-
-ROUNDS = "rounds"
-"""Folder of the rounds' simulations and networks, in that of a run."""
+__all__ = ["check_rounds", "infer_rounds", "is_sequential", "record_rounds", "set_aside", "simulate_inside"]
 
 _KEPT_DRAWS = 1000  # of each round's posterior
 _EXACT_DRAWS = 20_000

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlsbi.cli.folders import KEPT, REQUEST, STORE
+from mlsbi.cli.folders import KEPT, REQUEST, ROUNDS, STORE
 from mlsbi.store.locking import find_holder
 from mlsbi.store.store import Store, StoreError, open_store
 
@@ -33,11 +33,10 @@ def describe(folder: Path) -> str:
         FileNotFoundError: If it is neither.
         StoreError: If the store in it cannot be opened.
     """
-    store = _find_store(folder)
     asked, results = _read(folder / REQUEST), _read(folder / _RESULTS)
     finished = bool(results) and bool(results.get("complete", True))
     sections = []
-    if store is not None:
+    for store in _find_stores(folder):
         # Before the table: reading failed rows may find damage, which the table then shows.
         failed = list(_failures(store, finished=finished))
         sentences = [*_writing(store, finished=finished), *failed, *_damage(store), *_costs(store)]
@@ -74,6 +73,14 @@ def draw_map(folder: Path, target: Path) -> str:
     theta, failed = read_tries(store, level)
     plots.failures(theta, failed, names=store.parameters).savefig(target, dpi=110)
     return f"Map of the failures of '{store.names[level]}': {target}"
+
+
+def _find_stores(folder: Path) -> list[Store]:
+    """The store that a folder is or has, or those of its rounds."""
+    store = _find_store(folder)
+    if store is not None:
+        return [store]
+    return [open_store(path.parent) for path in sorted((folder / ROUNDS).glob("**/store.json"))]
 
 
 def _find_store(folder: Path) -> Store | None:

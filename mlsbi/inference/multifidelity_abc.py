@@ -43,6 +43,11 @@ class WeightedDraws:
     runs: tuple[int, int]
 
     @property
+    def negative(self) -> float:
+        """Negative weight over positive weight: what `sample` leaves out."""
+        return float(-self.weights.clamp(max=0).sum() / self.weights.clamp(min=0).sum())
+
+    @property
     def effective(self) -> float:
         """As many equally weighted draws have the same variance."""
         return float(self.weights.sum().square() / self.weights.square().sum())
@@ -117,10 +122,9 @@ def multifidelity_abc(
     low_in, high_in = low_distance <= tolerances[0], high_distance <= tolerances[1]
     continuation = _continuation(low_in, low_in[:pilot], high_in, cost=_cost_ratio(stack))
     rest = low_in[pilot:]
-    expected = continuation[0] * int(rest.sum()) + continuation[1] * int((~rest).sum())
-    scale = (high_runs - pilot) / max(expected, 1e-12)
-    inside, out = (torch.tensor(min(1.0, scale * each), dtype=torch.float64) for each in continuation)
-    eta = torch.where(rest, inside, out)
+    continuation = _spread(continuation, int(rest.sum()), int((~rest).sum()), high_runs - pilot)
+    behind = torch.tensor(continuation, dtype=torch.float64)
+    eta = torch.where(rest, behind[0], behind[1])
     uniform = torch.rand(len(rest), generator=torch.Generator().manual_seed(child_seed(seed, _STREAM, _CONTINUING)),
                          dtype=torch.float64)
     chosen = (uniform < eta).nonzero()[:, 0]
@@ -150,6 +154,18 @@ def _pick(rows: Tensor, tensor: Tensor) -> Tensor:
     return tensor[rows]
 
 
+def _spread(continuation: tuple[float, float], inside: int, out: int, runs: int) -> tuple[float, float]:
+    """Probabilities in the ratio of two, none above 1, whose expected number of runs is what there is."""
+    first, second = continuation
+    scale = runs / max(first * inside + second * out, 1e-12)
+    first, second = scale * first, scale * second
+    if first > 1:
+        first, second = 1.0, (runs - inside) / max(out, 1)
+    elif second > 1:
+        first, second = (runs - out) / max(inside, 1), 1.0
+    return min(max(first, 1e-9), 1.0), min(max(second, 1e-9), 1.0)
+
+
 def _scaled(outputs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     scale = outputs.flatten(1).std(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -171,5 +187,4 @@ def _continuation(low_in: Tensor, low_pilot: Tensor, high_pilot: Tensor, *, cost
     gain = max(true_in - false_in, 0.5 / n)
     inside = float(low_in.double().mean())
     first = math.sqrt(cost / gain * false_in / max(inside, 1e-12))
-    second = math.sqrt(cost / gain * false_out / max(1 - inside, 1e-12))
-    return min(first, 1.0), min(second, 1.0)
+    return first, math.sqrt(cost / gain * false_out / max(1 - inside, 1e-12))

@@ -244,8 +244,8 @@ def _rounds(results: Mapping[str, Any]) -> list[str]:
             f"parameters from {_share(last['share'])} of the prior, and {_share(last['leakage'])} of its posterior "
             f"lie outside.{' Checks are on test simulations inside.' if records[0]['checks'] else ''}"]
     if found["lost"] is not None:
-        told.append(f"Of the exact posterior, {_share(found['lost'][-1])} lie outside and are lost; the divergence from "
-                    f"it is {found['divergence'][-1]:.2f} nats.")
+        told.append(f"Of the exact posterior, {_share(found['lost'][-1])} lie outside and are lost; the divergence "
+                    f"from it is {found['divergence'][-1]:.2f} nats.")
     return told + [note for done in found["rounds"] for note in done["notes"]]
 
 

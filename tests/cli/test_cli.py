@@ -545,6 +545,11 @@ def test_rounds_for_one_observation(own_stack, tmp_path, capsys, monkeypatch):
     assert only(again)["posterior"]["mean"] == only(results)["posterior"]["mean"]
     assert only(again)["checks"] == only(results)["checks"]
     assert main(["report", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["status", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("round-1/store") == 1
+    assert "round-2/store" in printed
 
 
 def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys):

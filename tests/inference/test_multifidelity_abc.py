@@ -33,8 +33,12 @@ def test_the_finest_level_corrects_the_cheap_one(shift):
              for seed in range(24)]
     error = float(torch.tensor(means).std()) / math.sqrt(len(means))
     assert abs(sum(means) / len(means) - 0.5) < 4 * error
-    if shift == 0.1:  # the control: what the cheap level alone says
-        assert 0.1 > 8 * error
+    if shift == 0.1:  # the control: the cheap level's own acceptance is off by its shift
+        alone = LevelStack(BoxPrior([0.0], [1.0]), make_stack().noise, [make_stack(0.1).levels[0]] * 1)
+        wrong = LevelStack(alone.prior, alone.noise, [Level("low", alone.levels[0].simulate, cost=1.0),
+                                                      Level("high", alone.levels[0].simulate, cost=20.0)])
+        off = mean(multifidelity_abc(wrong, [0.5], low_runs=4000, high_runs=1000, seed=0, accepted=0.2)) - 0.5
+        assert off < -8 * error
 
 
 def test_runs_are_counted_and_kept_within():
@@ -45,6 +49,8 @@ def test_runs_are_counted_and_kept_within():
     assert 60 <= found.runs[1] <= 100
     assert 0 < found.continuation[1] <= 1
     assert found.effective > 10
+    assert 0 <= found.negative < 1
+    assert all(0 < each <= 1 for each in found.continuation)
 
 
 def test_seeds_reproduce_and_leave_global_state():
