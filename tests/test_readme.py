@@ -71,6 +71,21 @@ def test_quality_numbers_are_the_measured_ones(monkeypatch):
                 assert entry[column]["score"]["median"] == pytest.approx(statistics.median(scores))
 
 
+def test_sequential_numbers_are_the_measured_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import bench_sequential
+
+    measured = result("bench_sequential")
+    assert measured["method"] == bench_sequential.METHOD
+    assert bench_sequential.markdown(measured["table"]).strip() in README
+    for task, by_high in measured["table"].items():
+        for high, by_method in by_high.items():
+            for method, entry in by_method.items():
+                cells = measured["cells"][task][high][method].values()
+                assert entry["observations"] == len(cells)
+                assert entry["c2st_forest"]["mean"] == pytest.approx(statistics.mean(c["c2st_forest"] for c in cells))
+
+
 def test_recovery_of_the_closed_form_is_as_measured():
     measured = result("gaussian_recovery")["summary"]
     scores = [summary["c2st"] for summary in measured.values()]
