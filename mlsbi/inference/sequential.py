@@ -240,8 +240,8 @@ def infer_sequentially(
         batch_size: As in `simulate`.
         on_failure: As in `simulate`; with a budget rows are not drawn anew beyond the pilot, and a later round buys
             others.
-        retry_failed: As in `simulate`. Rows that are mended so in an earlier round change what later ones were found
-            by: these keep their truncated priors and plans.
+        retry_failed: As in `simulate`. Networks of rounds that others followed stay as they were: these keep their
+            truncated priors and plans, and train on the mended rows too.
         accept_code: Whether rows in the folder that other code of the stack made are taken for its own; see
             `mlsbi.accept_code`.
         device: Where networks are trained.
@@ -478,11 +478,11 @@ class _State:
                          "there is one.")
 
     def _fit(self, number: int, data: MultilevelData, prior: Distribution) -> NPE:
-        """Trains a round's networks, or reads those that were trained before on the same rows."""
+        """Trains a round's networks, or reads those that were trained on the same rows, or that a round followed."""
         estimator = self.new_estimator(number)
         part = None if self.folder is None else self.folder.part(number)
         if part is not None and (part / "model" / "model.json").is_file() and self.folder is not None \
-                and self.folder.trained_on(number) == _digest(data):
+                and (self.folder.trained_on(number) == _digest(data) or self.folder.is_followed(number)):
             loaded = load(part / "model", self.stack.prior, density=estimator.builder, embedding=estimator.embedding,
                           device=estimator.device)
             assert isinstance(loaded, NPE)
@@ -541,6 +541,12 @@ class _Folder:
         """Keeps what was decided, so that going on changes nothing of it."""
         self.part(number).mkdir(parents=True, exist_ok=True)
         _write(self.part(number) / "round.json", json.dumps(content, indent=1))
+
+    def is_followed(self, number: int) -> bool:
+        """Whether a later round, of any observation after the first, was decided by this one's networks."""
+        if number == 1:
+            return any(self.path.glob("observation-*/round-2/round.json"))
+        return (self.part(number + 1) / "round.json").is_file()
 
     def trained_on(self, number: int) -> str | None:
         """Digest of the rows that a round's networks were trained on."""

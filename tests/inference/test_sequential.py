@@ -225,6 +225,26 @@ def test_rows_that_fail_are_dropped_and_paid_for():
     assert found.spent == pytest.approx(found.data.runs[0] + 20 * found.data.runs[1])
 
 
+def test_rows_that_are_mended_later_are_trained_on_by_later_rounds(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROKEN", "yes")
+
+    def fragile(theta, noise):
+        bad = (noise[:, :1] > 1.0) & bool(os.environ.get("BROKEN"))
+        return torch.where(bad, math.nan, high(theta, noise))
+
+    options = {"rounds": 2, "n": (100, 60), "folder": tmp_path / "kept", "on_failure": "drop"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = infer(make_stack(high=fragile), **options)
+        monkeypatch.delenv("BROKEN")
+        after = infer(make_stack(high=fragile), retry_failed=True, **options)
+    assert [done.n[1] for done in after.rounds] == [30, 30]
+    assert before.rounds[0].n[1] < 30
+    assert after.rounds[0].mean == before.rounds[0].mean  # what the second round was decided by
+    assert after.rounds[1].share == before.rounds[1].share
+    assert after.rounds[1].mean != before.rounds[1].mean
+
+
 def test_costs_may_be_measured():
     stack = make_stack()
     timed = replace(stack, levels=[replace(level, cost=None) for level in stack.levels])
