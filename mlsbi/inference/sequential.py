@@ -221,7 +221,8 @@ def infer_sequentially(
         strategy: How networks are trained, or one for each round.
         ensemble: Networks of each round; the strategy's usual number when left out.
         keep: `"inside"` trains each round on the rows inside its truncated prior; `"all"` on all rows so far, as
-            published, which biases a multilevel sum whose levels were not drawn in equal parts.
+            published, which biases a multilevel sum whose levels were not drawn in equal parts. Then regions are not
+            nested: what one round leaves out a later one may find again.
         outside: Share of q's draws outside each region. It is found from 30 000 of them, of which the lowest density is
             the edge where the share is less than one of these.
         active: Share of a later round's theta at which the ensemble disagrees most, out of 10 000 prior draws. They
@@ -435,11 +436,13 @@ class _State:
 
     def _next_prior(self, number: int, decided: dict[str, Any] | None) -> TruncatedPrior:
         """What theta of a later round are drawn from, but for those chosen actively."""
+        nested = self.keep == "inside"
         if decided is not None:
-            return TruncatedPrior.from_settings(self.stack.prior, self.posteriors, decided["prior"])
+            posteriors = self.posteriors if nested else self.posteriors[-1:]
+            return TruncatedPrior.from_settings(self.stack.prior, posteriors, decided["prior"])
         region = density_region(self.posteriors[-1], outside=self.outside, seed=self._seed(number, _REGION))
         last = self.priors[-1]
-        regions = (*last.regions, region) if isinstance(last, TruncatedPrior) else (region,)
+        regions = (*last.regions, region) if isinstance(last, TruncatedPrior) and nested else (region,)
         truncated = truncate_prior(self.stack.prior, regions, seed=self._seed(number, _TRUNCATING))
         if truncated.resampled:
             warnings.warn(_resampled(truncated), stacklevel=5)

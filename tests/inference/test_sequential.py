@@ -97,6 +97,10 @@ def test_rows_come_from_the_truncated_prior_at_every_level(budgeted):
                 assert int(inside.sum()) == done.inside[level]
 
 
+def test_regions_are_nested(budgeted):
+    assert [len(prior.regions) for prior in budgeted.priors[1:]] == [1, 2]
+
+
 def test_tables_and_words(budgeted):
     frame = budgeted.to_frame()
     assert list(frame["n"]) == [n for done in budgeted.rounds for n in done.n]
@@ -122,6 +126,7 @@ def test_published_methods_are_options():
                   keep="all", outside=1e-3)
     assert [done.n for done in found.rounds] == [(200, 10), (0, 10), (0, 10)]
     assert found.rounds[-1].trained == (200, 30)
+    assert [len(prior.regions) for prior in found.priors[1:]] == [1, 1]  # the last round's alone
     assert found.rounds[-1].inside[0] < 200
     assert found.spent == pytest.approx(30 * 21 + 200 + 2)  # two rows of the first round are replayed
     single = infer(make_stack(levels=1), rounds=2, n=(41,), strategy=SingleLevel(-1), outside=1e-3)
