@@ -70,7 +70,7 @@ def draw_figures(folder: Path) -> list[Path]:
         tail = f"-{record['name']}" if several else ""
         model, _ = read_model(folder / record["files"]["model"])
         box = model["prior"]  # of every strategy the same
-        histories = [History(**history) for history in model["histories"]]
+        histories = [History.read(history) for history in model["histories"]]
         figures[f"losses{tail}"] = plots.losses(histories, names=list(data.names))
         if record["checks"] is not None:
             with np.load(folder / record["name"] / "checks.npz", allow_pickle=False) as arrays:

@@ -590,7 +590,7 @@ def test_rounds_of_a_task_say_what_of_the_exact_posterior_is_lost(tmp_path):
 
 @pytest.mark.parametrize(("more", "match"), [
     (["--budget", "1500"], "beyond the cost of a pilot of 64 rows"),
-    (["--n", "20,2"], "rows of every level|at least one|finest"),
+    (["--n", "20,2"], r"round 1 of 3 has \(7, 1\)"),
     (["--n", "200,20", "--strategy", "multilevel,high"], "give one --strategy"),
 ])
 def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, match, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ def test_the_finest_level_corrects_the_cheap_one(shift):
     error = float(torch.tensor(means).std()) / math.sqrt(len(means))
     assert abs(sum(means) / len(means) - 0.5) < 4 * error
     if shift == 0.1:  # the control: the cheap level's own acceptance is off by its shift
-        alone = LevelStack(BoxPrior([0.0], [1.0]), make_stack().noise, [make_stack(0.1).levels[0]] * 1)
-        wrong = LevelStack(alone.prior, alone.noise, [Level("low", alone.levels[0].simulate, cost=1.0),
-                                                      Level("high", alone.levels[0].simulate, cost=20.0)])
+        stack = make_stack(shift)
+        low = stack.levels[0]
+        wrong = replace(stack, levels=[low, replace(low, name="again", cost=20.0)])
         off = mean(multifidelity_abc(wrong, [0.5], low_runs=4000, high_runs=1000, seed=0, accepted=0.2)) - 0.5
         assert off < -8 * error
 
