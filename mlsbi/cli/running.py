@@ -313,7 +313,8 @@ def _check(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     is_set = isinstance(estimator, NLE)
     # After rounds the network knows the truncated prior's posterior alone, which the exact one differs from at edges.
-    known = target.reference is not None and (not is_set or tests.x.shape[1] == 1) and not is_sequential(request, "npe")
+    everywhere = not is_sequential(request, estimator.kind)
+    known = everywhere and target.reference is not None and (not is_set or tests.x.shape[1] == 1)
     checks, arrays = check_posterior(
         posterior, tests.theta, tests.x, draws=_CHAIN_DRAWS if is_set else _CHECK_DRAWS,
         seed=child_seed(request.seed, 3), reference=target.reference if known else None,

@@ -19,7 +19,7 @@ from mlsbi.simulation.seeding import RowSource
 __all__ = ["WeightedDraws", "multifidelity_abc"]
 
 _STREAM = 1 << 41
-_CONTINUING, _DRAWING = 0, 1  # what seeds are for
+_CONTINUING = 0  # what a seed is for
 _FEWEST = 8
 _BATCH = 1024
 
@@ -91,7 +91,8 @@ def multifidelity_abc(
             Euclidean one, outputs in units of their standard deviation over the pilot.
 
     Raises:
-        ValueError: If numbers are out of range, or the observation does not fit.
+        ValueError: If numbers are out of range, there is one level alone, the observation does not fit, or an output is
+            not finite.
 
     References:
         | Multifidelity approximate Bayesian computation (Prescott and Baker, 2020)
@@ -104,6 +105,8 @@ def multifidelity_abc(
         >>> found.sample(3, seed=0).shape, found.runs[1] <= 60
         (torch.Size([3, 2]), True)
     """
+    if len(stack) < 2:
+        raise ValueError(f"Expected a stack of at least 2 levels; got {list(stack.names)}.")
     if not 2 * _FEWEST <= high_runs <= low_runs:
         raise ValueError(f"Expected at least {2 * _FEWEST} high_runs, and as many low_runs; got {high_runs} and "
                          f"{low_runs}.")
@@ -147,7 +150,11 @@ def _run(stack: LevelStack, level: int, source: RowSource, rows: Tensor) -> Tens
         theta, noise = source.rows(int(part[0]), int(part[-1]) + 1)
         own = part - part[0]
         outputs.append(stack.levels[level].run(theta[own], map_noise(partial(_pick, own), noise)))
-    return torch.cat(outputs)
+    found = torch.cat(outputs)
+    lost = int((~torch.isfinite(found)).flatten(1).any(1).sum())
+    if lost:
+        raise ValueError(f"Expected finite outputs; {lost} of {len(found)} of level '{stack.names[level]}' are not.")
+    return found
 
 
 def _pick(rows: Tensor, tensor: Tensor) -> Tensor:

@@ -598,3 +598,15 @@ def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, mat
     assert main([*own_stack, "--rounds", "3", *more, "--out", str(out)]) == 2
     assert re.search(match, capsys.readouterr().err)
     assert not list(out.glob("rounds/round-1/store/*"))
+
+
+def test_rounds_of_a_likelihood_are_those_of_the_whole_prior(tmp_path):
+    np.save(tmp_path / "x.npy", mlsbi.tasks.get("ou").test(1, 3)[1][0].numpy())
+    out = tmp_path / "out"
+    assert main(["run", "ou", "--estimator", "nle", "--x-o", str(tmp_path / "x.npy"), "--rounds", "2", "--budget",
+                 "3000", "--pilot", "8", "--integrand", "output", "--tests", "4", "--draws", "60", "--out", str(out),
+                 *QUICK]) == 0
+    results = read_results(out)
+    assert results["sequential"] is None
+    assert results["rounds"] is not None
+    assert only(results)["checks"]["reference_nlpd"] is not None

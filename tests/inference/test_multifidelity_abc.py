@@ -70,5 +70,12 @@ def test_seeds_reproduce_and_leave_global_state():
 def test_bad_requests(options, match):
     with pytest.raises(ValueError, match=match):
         multifidelity_abc(make_stack(), [0.5], **{"low_runs": 500, "high_runs": 50, "seed": 0, **options})
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        multifidelity_abc(replace(make_stack(), levels=make_stack().levels[1:]), [0.5], low_runs=500, high_runs=50,
+                          seed=0)
+    broken = Level("high", lambda theta, noise: theta.where(theta < 0.9, math.nan), cost=20.0)
+    with pytest.raises(ValueError, match="of level 'high' are not"):
+        multifidelity_abc(replace(make_stack(), levels=[make_stack().levels[0], broken]), [0.5], low_runs=500,
+                          high_runs=50, seed=0)
     with pytest.raises(ValueError, match="one observation"):
         multifidelity_abc(make_stack(), [0.5, 1.0], low_runs=500, high_runs=50, seed=0)
