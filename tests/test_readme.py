@@ -84,6 +84,11 @@ def test_sequential_numbers_are_the_measured_ones(monkeypatch):
                 cells = measured["cells"][task][high][method].values()
                 assert entry["observations"] == len(cells)
                 assert entry["c2st_forest"]["mean"] == pytest.approx(statistics.mean(c["c2st_forest"] for c in cells))
+    lost = {method: entry["lost"] for method, entry in measured["table"]["ou2"]["50"].items() if "lost" in entry}
+    own = lost["multilevel_rounds"]
+    told = (f"lose {own['mean']:.1%} on average ({own['largest']:.1%} at most), TSNPE\n{lost['tsnpe']['mean']:.0%}, "
+            f"and MF-TSNPE {lost['mf_tsnpe']['mean']:.0%},")
+    assert told in README
 
 
 def test_recovery_of_the_closed_form_is_as_measured():
