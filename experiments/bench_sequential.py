@@ -150,7 +150,7 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
         return found.sample(DRAWS, seed=first), {"effective": found.effective, "negative": found.negative,
                                                      "runs": found.runs}
     part = job.high // ROUNDS
-    options: dict[str, Any] = {"rounds": ROUNDS, "keep": "all", "go_on": True,
+    options: dict[str, Any] = {"rounds": ROUNDS, "keep": "all", "region": "mixture", "go_on": True,
                                "strategy": ("transfer", *["high"] * (ROUNDS - 1)),
                                "n": [(LOW, part), *[(0, part)] * (ROUNDS - 1)]}
     if job.method == "tsnpe":
@@ -161,8 +161,8 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
     elif job.method == "multilevel_rounds":
         costs = task.stack.row_costs if task.stack is not None else None
         assert costs is not None
-        options = {"rounds": OWN_ROUNDS, "strategy": (SCOUT, Emulation()), "pilot_rows": 8, "outside": 1e-4,
-                   "budget": LOW * costs[0] + job.high * costs[1]}
+        options = {"rounds": OWN_ROUNDS, "strategy": (SCOUT, Emulation()), "pilot_rows": 8, "region": "mixture",
+                   "outside": 1e-4, "budget": LOW * costs[0] + job.high * costs[1]}
     shared = folder / "rounds" / f"{job.task}-{job.high}-{job.method}-{first}"
     run = infer_sequentially(stack, x_o, seed=first, ensemble=MEMBERS, density=task.density, embedding=task.embedding,
                              x_transform=task.x_transform, folder=shared, progress=False, **options)

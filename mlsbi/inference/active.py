@@ -67,6 +67,5 @@ class ActiveProposal(Distribution):
 
 def disagreement(posterior: DirectPosterior, theta: Tensor) -> Tensor:
     """Variance over an ensemble of its densities at theta `(n, D)` given its observation, up to a factor, `(n,)`."""
-    members = [DirectPosterior([network], posterior.prior, posterior.x) for network in posterior.networks]
-    log_q = torch.stack([member.log_prob(theta) for member in members]).double()
+    log_q = torch.stack([member.log_prob(theta) for member in posterior.members]).double()
     return (log_q - log_q.max()).exp().var(0, correction=0)

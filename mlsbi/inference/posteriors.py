@@ -48,6 +48,11 @@ class DirectPosterior:
     def _device(self) -> torch.device:
         return self.networks[0].condition_scaler.mean.device
 
+    @property
+    def members(self) -> tuple[DirectPosterior, ...]:
+        """One posterior for each network of the ensemble, with the same default observation."""
+        return tuple(DirectPosterior([network], self.prior, self.x) for network in self.networks)
+
     def set_default_x(self, x: Any) -> DirectPosterior:
         """Sets the observation that calls without `x` use; returns the posterior."""
         self.x = read_observation(x, self._x_shape)

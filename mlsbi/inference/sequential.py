@@ -175,6 +175,7 @@ def infer_sequentially(
     strategy: str | Strategy | Sequence[str | Strategy] = "auto",
     ensemble: int | None = None,
     keep: Literal["inside", "all"] = "inside",
+    region: Literal["union", "mixture"] = "union",
     outside: float = 1e-6,
     active: float = 0.0,
     go_on: bool = False,
@@ -196,15 +197,17 @@ def infer_sequentially(
 ) -> SequentialInference:
     r"""The posterior of one observation, in rounds; from the second on theta come from a truncated prior.
 
-    After each round the prior is cut to where the density q(theta | x_o) is above that of all but a tiny share of q's
-    own draws. Inside, the posterior is what the prior's would be, so that the plain loss needs no correction (TSNPE).
-    Regions are nested: rows of earlier rounds that lie inside have the law of new ones, at every level. Those, and no
-    others, are trained on, which keeps the sum over levels telescoping, and they count toward what a round buys: each
-    round divides its part of the budget by the variances of the corrections inside the truncated prior.
+    After each round the prior is cut to where the density q(theta | x_o) of any network is above that of all but a tiny
+    share of its own draws. Inside, the posterior is what the prior's would be, so that the plain loss needs no
+    correction (TSNPE). Regions are nested: rows of earlier rounds that lie inside have the law of new ones, at every
+    level. Those, and no others, are trained on, which keeps the sum over levels telescoping, and they count toward what
+    a round buys: each round divides its part of the budget by the variances of the corrections inside the truncated
+    prior.
 
     The published methods are this function with other options: TSNPE has a stack of the finest level alone; MF-TSNPE
-    `strategy=("transfer", "high", "high")`, `go_on=True`, `keep="all"` and all runs of the cheap level in the first
-    round, such as `n=[(10_000, 10), (0, 10), (0, 10)]`; MF-TSNPE-AF `active=0.2` and `ensemble=5` beside that.
+    `strategy=("transfer", "high", "high")`, `go_on=True`, `keep="all"`, `region="mixture"` and all runs of the cheap
+    level in the first round, such as `n=[(10_000, 10), (0, 10), (0, 10)]`; MF-TSNPE-AF `active=0.2` and `ensemble=5`
+    beside that.
 
     With a `folder` every simulation and every round's networks are kept, and the same call goes on where it stopped.
     The first round does not depend on the observation: others asked for with the same folder share it.
@@ -223,8 +226,11 @@ def infer_sequentially(
         keep: `"inside"` trains each round on the rows inside its truncated prior; `"all"` on all rows so far, as
             published, which biases a multilevel sum whose levels were not drawn in equal parts. Then regions are not
             nested: what one round leaves out a later one may find again.
-        outside: Share of q's draws outside each region. It is found from 30 000 of them, of which the lowest density is
-            the edge where the share is less than one of these.
+        region: `"union"` cuts to where any network of the ensemble has its mass, so that one that is too sure of
+            itself loses nothing that another one sees; `"mixture"` to where all of them together have theirs, as
+            published, which is smaller.
+        outside: Share of a network's, or of the mixture's, draws outside its region. It is found from 30 000 of them,
+            of which the lowest density is the edge where the share is less than one of these.
         active: Share of a later round's theta at which the ensemble disagrees most, out of 10 000 prior draws. They
             do not follow the prior; no correction is made, as published.
         go_on: Whether the networks of later rounds go on from those of the round before; where strategies mix others,
@@ -276,7 +282,7 @@ def infer_sequentially(
     """
     seed = check_seed(seed)
     strategies = _strategies(strategy, rounds)
-    _check_options(rounds, budget, n, keep, outside, active, strategies, ensemble)
+    _check_options(rounds, budget, n, keep, region, outside, active, strategies, ensemble)
     if go_on and any(getattr(each, "mixes", False) for each in strategies):
         raise ValueError("Expected strategies that mix no others beside go_on=True, which cannot go on from others'.")
     running = {"executor": executor, "workers": workers, "batch_size": batch_size, "on_failure": on_failure,
@@ -304,7 +310,8 @@ def infer_sequentially(
         check_strategy(strategies[number - 1], len(stack), shape, options=estimator(number).training)
     asked = {
         "seed": seed, "rounds": int(rounds), "budget": budget,
-        "n": budgeting.n if isinstance(budgeting, FixedRows) else None, "keep": keep, "outside": outside,
+        "n": budgeting.n if isinstance(budgeting, FixedRows) else None, "keep": keep, "region": region,
+        "outside": outside,
         "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": int(pilot_rows),
         "strategies": [strategy_to_config(each) for each in strategies],
         **{name: strip_addresses(repr(value)) for name, value in
@@ -312,8 +319,8 @@ def infer_sequentially(
             ("training", estimator(1).training))},
     }
     kept = None if folder is None else _Folder.open(Path(folder), asked, observed)
-    state = _State(stack, observed, seed, keep, outside, active, go_on, budgeting, running, estimator, ensemble, kept,
-                   progress=progress, accept_code=accept_code)
+    state = _State(stack, observed, seed, keep, region, outside, active, go_on, budgeting, running, estimator, ensemble,
+                   kept, progress=progress, accept_code=accept_code)
     for number in range(1, rounds + 1):
         try:
             state = state.after_round(number)
@@ -331,6 +338,7 @@ class _State:
     x: Tensor
     seed: int
     keep: str
+    region: str
     outside: float
     active: float
     go_on: bool
@@ -440,7 +448,8 @@ class _State:
         if decided is not None:
             posteriors = self.posteriors if nested else self.posteriors[-1:]
             return TruncatedPrior.from_settings(self.stack.prior, posteriors, decided["prior"])
-        region = density_region(self.posteriors[-1], outside=self.outside, seed=self._seed(number, _REGION))
+        region = density_region(self.posteriors[-1], union=self.region == "union", outside=self.outside,
+                                seed=self._seed(number, _REGION))
         last = self.priors[-1]
         regions = (*last.regions, region) if isinstance(last, TruncatedPrior) and nested else (region,)
         truncated = truncate_prior(self.stack.prior, regions, seed=self._seed(number, _TRUNCATING))
@@ -576,7 +585,7 @@ def _strategies(strategy: str | Strategy | Sequence[str | Strategy], rounds: int
 
 
 def _check_options(
-    rounds: int, budget: float | None, n: Any, keep: str, outside: float, active: float,
+    rounds: int, budget: float | None, n: Any, keep: str, region: str, outside: float, active: float,
     strategies: Sequence[Strategy], ensemble: int | None,
 ) -> None:  # fmt: skip
     if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
@@ -590,6 +599,8 @@ def _check_options(
         raise ValueError(f"Expected a positive, finite number as budget; got {budget!r}.")
     if keep not in ("inside", "all"):
         raise ValueError(f'Expected keep="inside" or keep="all"; got {keep!r}.')
+    if region not in ("union", "mixture"):
+        raise ValueError(f'Expected region="union" or region="mixture"; got {region!r}.')
     if not 0 < outside < 1:
         raise ValueError(f"Expected a share between 0 and 1 as outside; got {outside!r}.")
     if not 0 <= active < 1:

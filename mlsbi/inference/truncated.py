@@ -41,13 +41,14 @@ class Region:
 
     Args:
         posterior: The posterior, with its observation.
-        threshold: Log density of theta at the region's edge.
+        thresholds: Log density of theta at the region's edge; or one of each network of the posterior's ensemble, and
+            the region is where any of them reaches its own.
         low: Lower edges of the box, shape `(D,)`.
         high: Its upper edges.
     """
 
     posterior: DirectPosterior
-    threshold: float
+    thresholds: tuple[float, ...]
     low: Tensor
     high: Tensor
 
@@ -56,18 +57,20 @@ class Region:
         inside = ((theta >= self.low) & (theta <= self.high)).all(-1)
         rows = inside.nonzero()[:, 0]
         if len(rows):
-            inside[rows] = self.posterior.log_prob(theta[rows]) >= self.threshold
+            inside[rows] = torch.stack([part.log_prob(theta[rows]) >= threshold for part, threshold in
+                                        zip(_parts(self.posterior, len(self.thresholds)), self.thresholds, strict=True)
+                                        ]).any(0)
         return inside
 
     def settings(self) -> dict[str, Any]:
         """What JSON keeps of it, beside the posterior."""
-        return {"threshold": self.threshold, "low": self.low.tolist(), "high": self.high.tolist()}
+        return {"thresholds": self.thresholds, "low": self.low.tolist(), "high": self.high.tolist()}
 
     @classmethod
     def from_settings(cls, posterior: DirectPosterior, kept: Mapping[str, Any]) -> Region:
         """The region that `settings` described."""
         low, high = (torch.tensor(kept[name], dtype=torch.get_default_dtype()) for name in ("low", "high"))
-        return cls(posterior, float(kept["threshold"]), low, high)
+        return cls(posterior, tuple(kept["thresholds"]), low, high)
 
 
 class TruncatedPrior(Distribution):
@@ -186,7 +189,7 @@ class TruncatedPrior(Distribution):
         return torch.cat(chosen) if chosen else self.prior.sample((0,))
 
     def __repr__(self) -> str:
-        edges = ", ".join(f"{region.threshold:.6g}" for region in self.regions)
+        edges = ", ".join("|".join(f"{each:.6g}" for each in region.thresholds) for region in self.regions)
         return f"TruncatedPrior({self.prior}, log q >= {edges})"
 
     def settings(self) -> dict[str, Any]:
@@ -203,7 +206,9 @@ class TruncatedPrior(Distribution):
         return cls(prior, regions, **{name: kept[name] for name in ("share", "acceptance", "resampled", "effective")})
 
 
-def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: int = 30_000, seed: int) -> Region:
+def density_region(
+    posterior: DirectPosterior, *, union: bool = False, outside: float = 1e-6, draws: int = 30_000, seed: int
+) -> Region:
     r"""The region of highest density that leaves out a share of the posterior's own draws.
 
     With fewer draws than `1 / outside` its edge is the lowest density of any draw. It ends where draws end, and a
@@ -211,8 +216,10 @@ def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: 
 
     Args:
         posterior: The posterior, with its observation.
+        union: Whether it is the union of the regions of each network of an ensemble, instead of their mixture's. What
+            one network is too sure of, another one may know better.
         outside: The share.
-        draws: Draws that the edge is found from.
+        draws: Draws that the edge is found from; so many of each network for a union.
         seed: Of the draws.
 
     Raises:
@@ -222,6 +229,14 @@ def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: 
         | Truncated proposals for scalable and hassle-free simulation-based inference (Deistler et al., 2022)
         | https://arxiv.org/abs/2210.04815
     """
+    parts = posterior.members if union else (posterior,)
+    found = [_edges(part, outside, draws, child_seed(seed, index)) for index, part in enumerate(parts)]
+    thresholds, lows, highs = zip(*found, strict=True)
+    return Region(posterior, thresholds, torch.stack(lows).amin(0), torch.stack(highs).amax(0))
+
+
+def _edges(posterior: DirectPosterior, outside: float, draws: int, seed: int) -> tuple[float, Tensor, Tensor]:
+    """Log density at a region's edge, and the lower and upper edges of its box."""
     theta = posterior.sample((draws,), seed=seed)
     log_q = posterior.log_prob(theta)
     known = torch.isfinite(log_q)
@@ -229,8 +244,12 @@ def density_region(posterior: DirectPosterior, *, outside: float = 1e-6, draws: 
         raise TruncationError("The posterior's density is finite at none of its draws.")
     theta = theta[known]
     edge = _MARGIN * (theta.amax(0) - theta.amin(0))
-    threshold = float(torch.quantile(log_q[known].double(), outside))
-    return Region(posterior, threshold, theta.amin(0) - edge, theta.amax(0) + edge)
+    return float(torch.quantile(log_q[known].double(), outside)), theta.amin(0) - edge, theta.amax(0) + edge
+
+
+def _parts(posterior: DirectPosterior, thresholds: int) -> tuple[DirectPosterior, ...]:
+    """Whose densities thresholds are of: the mixture's, or each network's."""
+    return (posterior,) if thresholds == 1 else posterior.members
 
 
 def truncate_prior(prior: Distribution, regions: Sequence[Region], *, seed: int) -> TruncatedPrior:

@@ -39,8 +39,8 @@ def told(results: Record, figures: Path) -> str:
     return section(
         "The rounds",
         paragraph(
-            "After each round the prior was cut to where the density of the posterior found so far is above that of "
-            "all but a tiny share of its own draws, and the next round drew its parameters there. Inside, the "
+            "After each round the prior was cut to where the density of any network of the round's ensemble is above "
+            "that of all but a tiny share of its own draws, and the next round drew its parameters there. Inside, the "
             "posterior is the prior's. Rows of earlier rounds that lie inside were trained on again; others were left "
             "out.",
             "What lies outside is lost to later rounds, so that a posterior that was too narrow early stays so: the "

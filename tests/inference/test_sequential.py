@@ -101,6 +101,12 @@ def test_regions_are_nested(budgeted):
     assert [len(prior.regions) for prior in budgeted.priors[1:]] == [1, 2]
 
 
+def test_regions_are_of_each_network_or_of_their_mixture(budgeted):
+    assert [len(region.thresholds) for region in budgeted.priors[-1].regions] == [3, 3]
+    found = infer(rounds=2, n=(80, 16), ensemble=3, region="mixture")
+    assert [len(region.thresholds) for region in found.priors[-1].regions] == [1]
+
+
 def test_tables_and_words(budgeted):
     frame = budgeted.to_frame()
     assert list(frame["n"]) == [n for done in budgeted.rounds for n in done.n]
@@ -123,7 +129,7 @@ def test_seeds_reproduce_and_leave_global_state():
 def test_published_methods_are_options():
     """MF-TSNPE: all cheap runs in the first round, and every round trains on all rows; TSNPE: one level."""
     found = infer(rounds=3, n=[(200, 10), (0, 10), (0, 10)], strategy=("transfer", "high", "high"), go_on=True,
-                  keep="all", outside=1e-3)
+                  keep="all", region="mixture", outside=1e-3)
     assert [done.n for done in found.rounds] == [(200, 10), (0, 10), (0, 10)]
     assert found.rounds[-1].trained == (200, 30)
     assert [len(prior.regions) for prior in found.priors[1:]] == [1, 1]  # the last round's alone
@@ -316,6 +322,7 @@ def test_an_observation_like_the_finest_level_alone_is_no_surprise():
     ({"budget": math.nan}, "finite number as budget"),
     ({"n": (100, 10), "keep": "some"}, "keep="),
     ({"n": (100, 10), "outside": 1.0}, "outside"),
+    ({"n": (100, 10), "region": "all"}, "region="),
     ({"n": (100, 10), "active": 1.0}, "active"),
     ({"n": (100, 10), "active": 0.2}, 'keep="all"'),
     ({"n": (100, 10), "active": 0.2, "keep": "all"}, "ensemble of at least 2"),

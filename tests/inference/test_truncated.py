@@ -27,10 +27,23 @@ class Bell:
             return self.law.sample(shape)
 
 
+class Pair:
+    """The mixture of two normals, as an ensemble of two networks."""
+
+    def __init__(self, *members):
+        self.members = members
+
+    def log_prob(self, theta):
+        return torch.stack([member.log_prob(theta) for member in self.members]).logsumexp(0) - math.log(2)
+
+    def sample(self, shape, seed):
+        return torch.cat([member.sample((shape[0] // 2,), seed + index) for index, member in enumerate(self.members)])
+
+
 def ball(mean, radius):
     """A disc about a mean."""
     bell, centre = Bell(mean, [1.0, 1.0]), torch.tensor(mean)
-    return Region(bell, -0.5 * radius**2 - math.log(2 * math.pi), centre - 1.1 * radius, centre + 1.1 * radius)
+    return Region(bell, (-0.5 * radius**2 - math.log(2 * math.pi),), centre - 1.1 * radius, centre + 1.1 * radius)
 
 
 def test_a_region_leaves_out_the_share_asked_for():
@@ -42,6 +55,23 @@ def test_a_region_leaves_out_the_share_asked_for():
     edge = torch.tensor([[0.5 + 0.1 * 2.40, 0.0], [0.5 + 0.1 * 2.50, 0.0]])
     assert region.holds(edge).tolist() == [True, False]
     assert region.holds(torch.zeros(0, 2)).shape == (0,)
+
+
+def test_a_union_keeps_what_any_network_sees():
+    """Of two networks one is too sure of itself; what the other leaves out is the share asked for, not twice that."""
+    narrow, wide = Bell([0.5, 0.0], [0.02, 0.02]), Bell([0.5, 0.0], [0.1, 0.2])
+    both = Pair(narrow, wide)
+    fresh = wide.sample((50_000,), seed=1)
+    union, mixture = (density_region(both, union=union, outside=0.05, draws=50_000, seed=0) for union in (True, False))
+    assert float((~union.holds(fresh)).double().mean()) == pytest.approx(0.05, abs=0.005)
+    assert float((~mixture.holds(fresh)).double().mean()) == pytest.approx(0.10, abs=0.01)
+    # Two that see different places: both are in it.
+    apart = density_region(Pair(Bell([0.2, 0.0], [0.01, 0.01]), Bell([0.8, 0.0], [0.01, 0.01])), union=True, seed=0)
+    assert apart.holds(torch.tensor([[0.2, 0.0], [0.5, 0.0], [0.8, 0.0]])).tolist() == [True, False, True]
+    truncated = truncate_prior(PRIOR, [union], seed=0)
+    again = TruncatedPrior.from_settings(PRIOR, [both], json.loads(json.dumps(truncated.settings())))
+    assert torch.equal(again.holds(fresh), union.holds(fresh))
+    assert "|" in repr(again)
 
 
 def test_draws_are_the_priors_inside():
