@@ -21,7 +21,7 @@ from mlsbi.strategies.translation import Translation
 from mlsbi.strategies.turning import MOST_OUTPUTS
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Pooling, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -121,7 +121,7 @@ class Auto:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,
@@ -142,8 +142,8 @@ class Auto:
             else _PSEUDO_ROWS for strategy in chosen)
         candidates = [Candidate(name, strategy, [copy.deepcopy(network.part(0)) for network in networks], rows)
                       for name, strategy, rows in zip(names, chosen, counted, strict=True)]
-        mixtures, histories = mix_candidates(candidates, members, options=options, checkpoint=checkpoint,
-                                             progress=progress, label=label)
+        mixtures, histories = mix_candidates(candidates, members, options=options, pooled=pooled,
+                                             checkpoint=checkpoint, progress=progress, label=label)
         for network, mixture in zip(networks, mixtures, strict=True):
             network.become(mixture)
         return histories

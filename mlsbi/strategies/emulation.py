@@ -27,7 +27,7 @@ from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, TrainingError, join_histories
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Pooling, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -118,7 +118,7 @@ class Emulation:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,
@@ -144,8 +144,8 @@ class Emulation:
             Candidate(name, strategy, [likelihood_network(member, density, options, _KEYS[0]) for member in turned])
             for name, (density, strategy) in zip(names, pairs, strict=True)
         ]
-        emulators, before = mix_candidates(candidates, turned, options=options, checkpoint=first, progress=progress,
-                                           label=f"{label}, emulator")
+        emulators, before = mix_candidates(candidates, turned, options=options, pooled=pooled, checkpoint=first,
+                                           progress=progress, label=f"{label}, emulator")
         learners, notes = [], []
         for member, emulator in zip(members, emulators, strict=True):
             rows, lost = self._draw(member, emulator)
@@ -155,7 +155,7 @@ class Emulation:
             notes.append(f"{lost:.1%} of the emulator's draws lay far from every output simulated and were drawn anew"
                          if lost else "")
         after = minimise(
-            learners, objective=Objective(), pooled=True,
+            learners, objective=Objective(), pooled=pooled or True,
             options=replace(options, batch_size=min(self.batch_size, self.rows), learning_rate=self.learning_rate,
                             patience=self.patience),
             checkpoint=last, progress=progress, label=f"{label}, {self.rows} draws",

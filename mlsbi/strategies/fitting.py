@@ -277,6 +277,8 @@ def fit_replicates(
     rows = fittings[0].rows
     apart = fittings[0].covers or _cross_fits(rows, options)
     alike = all([len(term) for term in fitting.rows] == [len(term) for term in rows] for fitting in fittings)
+    if fittings[0].covers and alike and options.together and len(problems) > 1:
+        return _fit_covering(fittings, members, progress=progress)
     total = members * len(problems)
     most = at_once(rows, total, options, place)
     if not alike or most == 1 or apart:
@@ -290,6 +292,20 @@ def fit_replicates(
         histories += strategy.fit(trained, options=options, progress=progress, label=_label(group, total))
         networks += [member.network for member in trained]
     return [(networks[at: at + members], histories[at: at + members]) for at in range(0, total, members)]
+
+
+def _fit_covering(
+    fittings: Sequence[_Fitting], members: int, *, progress: bool
+) -> list[tuple[list[Network], list[History]]]:
+    """Ensembles in one go, of which each stops by its own rows."""
+    first = fittings[0]
+    trained = [fitting.member(member, members) for fitting in fittings for member in range(members)]
+    histories = first.strategy.fit(
+        trained, options=first.options, progress=progress, label=f"training {len(fittings)} ensembles",
+        pooled=tuple(index for index in range(len(fittings)) for _ in range(members)),
+    )
+    networks: list[Network] = [member.network for member in trained]
+    return [(networks[at: at + members], histories[at: at + members]) for at in range(0, len(trained), members)]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ r"""Training several strategies on the same rows, and weighing what they give by
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from mlsbi.strategies.protocol import Strategy
 from mlsbi.strategies.stacking import PSEUDO_ROWS, Scores, Stacking, stack_densities
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import FewRowsError, History, TrainingError, join_histories
-from mlsbi.training.members import Member
+from mlsbi.training.members import Member, Pooling, groups_of
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -57,19 +58,21 @@ def mix_candidates(
     members: Sequence[Member],
     *,
     options: TrainingOptions,
+    pooled: Pooling = True,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
     label: str = "training",
 ) -> tuple[list[DensityMixture], list[History]]:
     r"""Trains candidates one after the other, each stopped by all members together, and mixes them.
 
-    All members have the same weights: those of the mixture with the best score on the rows that they hold out. A
-    candidate that cannot be trained, or not on so few rows, gets no weight, and the history says why.
+    All members, or those of a group, have the same weights: those of the mixture with the best score on the rows that
+    they hold out. A candidate that cannot be trained, or not on so few rows, gets no weight, and the history says why.
 
     Args:
         candidates: What to train.
         members: Rows and seeds; their networks are not used.
         options: How each candidate is trained.
+        pooled: The group of each member, where they are not all of one.
         checkpoint: Where to keep the state of the training, and to go on from.
         progress: Whether to show a progress bar.
         label: What the bar is called.
@@ -80,21 +83,64 @@ def mix_candidates(
     Raises:
         TrainingError: If no candidate can be trained, or none can be scored.
     """
-    found: list[list[History] | str] = []
+    groups = groups_of(pooled or True, len(members))
+    found: list[list[History | str]] = []
     for index, candidate in enumerate(candidates):
-        own = [replace(member, network=network, train=candidate.strategy.terms(member.train),
-                       validation=candidate.strategy.terms(member.validation))
-               for member, network in zip(members, candidate.networks, strict=True)]
         part = None if checkpoint is None else checkpoint.part(str(index))
-        try:
-            found.append(candidate.strategy.fit(own, options=options, pooled=True, checkpoint=part, progress=progress,
-                                                label=f"{label}, {candidate.name}"))
-        except (TrainingError, FewRowsError) as error:
-            found.append(str(error))
-    trained = [index for index, histories in enumerate(found) if not isinstance(histories, str)]
+        found.append(_train(candidate, members, groups, options=options, checkpoint=part, progress=progress,
+                            label=f"{label}, {candidate.name}"))
+    mixed: dict[int, tuple[DensityMixture, History]] = {}
+    for group in groups:
+        own = [replace(candidate, networks=[candidate.networks[at] for at in group]) for candidate in candidates]
+        told = [[histories[at] for at in group] for histories in found]
+        mixed |= dict(zip(group, _mix(own, [members[at] for at in group], told), strict=True))
+    return [mixed[at][0] for at in range(len(members))], [mixed[at][1] for at in range(len(members))]
+
+
+def _train(
+    candidate: Candidate,
+    members: Sequence[Member],
+    groups: Sequence[Sequence[int]],
+    *,
+    options: TrainingOptions,
+    checkpoint: Checkpoint | None,
+    progress: bool,
+    label: str,
+) -> list[History | str]:
+    """What happened to each member's network of a candidate, or why it could not be trained."""
+    own = [replace(member, network=network, train=candidate.strategy.terms(member.train),
+                   validation=candidate.strategy.terms(member.validation))
+           for member, network in zip(members, candidate.networks, strict=True)]
+    # Training goes on in place, and what stops one group is not to stop the others.
+    before = [copy.deepcopy(network.state_dict()) for network in candidate.networks] if len(groups) > 1 else []
+    pooled: Pooling = True
+    if len(groups) > 1:
+        pooled = tuple(index for at in range(len(members)) for index, group in enumerate(groups) if at in group)
+    try:
+        return list(candidate.strategy.fit(own, options=options, pooled=pooled, checkpoint=checkpoint,
+                                           progress=progress, label=label))
+    except (TrainingError, FewRowsError) as error:
+        if len(groups) == 1:
+            return [str(error)] * len(members)
+    for network, state in zip(candidate.networks, before, strict=True):
+        network.load_state_dict(state)
+    found: dict[int, History | str] = {}
+    for index, group in enumerate(groups):
+        alone = replace(candidate, networks=[candidate.networks[at] for at in group])
+        part = None if checkpoint is None else checkpoint.part(f"group-{index}")
+        found |= dict(zip(group, _train(alone, [members[at] for at in group], [range(len(group))], options=options,
+                                        checkpoint=part, progress=progress, label=label), strict=True))
+    return [found[at] for at in range(len(members))]
+
+
+def _mix(
+    candidates: Sequence[Candidate], members: Sequence[Member], found: Sequence[Sequence[History | str]]
+) -> list[tuple[DensityMixture, History]]:
+    """Mixtures of trained candidates with weights that all members share."""
+    trained = [index for index, histories in enumerate(found) if not isinstance(histories[0], str)]
     if not trained:
         raise TrainingError("No strategy could be trained: " + "; ".join(
-            f"{candidate.name}: {why}" for candidate, why in zip(candidates, found, strict=True)))
+            f"{candidate.name}: {why[0]}" for candidate, why in zip(candidates, found, strict=True)))
     try:
         stacking = stack_densities(Scores.joined([
             _score(member, [candidates[index].networks[at] for index in trained]) for at, member in enumerate(members)
@@ -103,12 +149,9 @@ def mix_candidates(
         raise TrainingError(f"The strategies cannot be weighed: {error}") from error
     weights = dict(zip(trained, stacking.weights, strict=True))
     shares = [weights.get(index, 0.0) for index in range(len(candidates))]
-    mixtures = [DensityMixture([candidate.networks[at] for candidate in candidates], shares).eval()
-                for at in range(len(members))]
     names = [candidate.name for candidate in candidates]
-    histories = [_history(names, [own if isinstance(own, str) else own[at] for own in found], stacking)
-                 for at in range(len(members))]
-    return mixtures, histories
+    return [(DensityMixture([candidate.networks[at] for candidate in candidates], shares).eval(),
+             _history(names, [own[at] for own in found], stacking)) for at in range(len(members))]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Pooling, Schedule
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -35,7 +35,7 @@ class Strategy(Protocol):
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,

@@ -10,7 +10,7 @@ from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Pooling, Schedule
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 
@@ -47,7 +47,7 @@ class SingleLevel:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,

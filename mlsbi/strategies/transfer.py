@@ -14,7 +14,7 @@ from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, join_histories
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule, align_members
+from mlsbi.training.members import Member, Pooling, Schedule, align_members
 from mlsbi.training.objective import Term, pool_levels
 from mlsbi.training.options import TrainingOptions
 
@@ -92,7 +92,7 @@ class TransferLearning:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,

@@ -11,7 +11,7 @@ from mlsbi.strategies.multilevel import Multilevel
 from mlsbi.strategies.transfer import TransferLearning
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.history import History, join_histories
-from mlsbi.training.members import Member, Schedule, align_members
+from mlsbi.training.members import Member, Pooling, Schedule, align_members
 from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 
@@ -62,7 +62,7 @@ class TransferThenMultilevel:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,

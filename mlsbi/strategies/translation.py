@@ -28,7 +28,7 @@ from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.descent import Objective
 from mlsbi.training.history import History, join_histories
 from mlsbi.training.loop import minimise
-from mlsbi.training.members import Member, Schedule
+from mlsbi.training.members import Member, Pooling, Schedule
 from mlsbi.training.objective import Term, pool_level
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.regression import GaussianProcess
@@ -94,7 +94,7 @@ class Translation:
         members: Sequence[Member],
         *,
         options: TrainingOptions,
-        pooled: bool = False,
+        pooled: Pooling = False,
         schedules: Sequence[Schedule] = (),
         checkpoint: Checkpoint | None = None,
         progress: bool = True,

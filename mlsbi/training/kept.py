@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mlsbi.training.members import Pooling, groups_of
+
 __all__ = ["NONFINITE", "PATIENCE", "RUNNING", "Kept"]
 
 RUNNING, PATIENCE, NONFINITE = range(3)
@@ -23,12 +25,13 @@ class Kept:
         flat: Parameters to begin with, `(K, P)`.
         patience: Epochs without a better score before a member stops.
         scored: Whether there are held-out rows.
-        pooled: Whether members share one score, their mean, and so stop at one epoch.
+        pooled: Whether members, or those of a group, share one score, their mean, and so stop at one epoch.
     """
 
-    def __init__(self, flat: Tensor, *, patience: int, scored: bool, pooled: bool) -> None:
+    def __init__(self, flat: Tensor, *, patience: int, scored: bool, pooled: Pooling) -> None:
         self.patience, self.scored, self.pooled = patience, scored, pooled
         members = len(flat)
+        self.groups = groups_of(pooled, members)
         self.best = flat.clone()
         self.previous = flat.clone()  # without scores the last parameters are kept, of which no loss is known yet
         self.loss = torch.full((members,), torch.inf, dtype=torch.float64, device=flat.device)
@@ -42,8 +45,9 @@ class Kept:
         if self.scored:
             if self.pooled:
                 # A member without a finite score says that its epoch is no good; the others' go on.
-                score = score.mean().expand_as(score)
-                sound = (sound | ~running).all().expand_as(sound)  # there is no common epoch without one of them
+                score = self._shared(score, [score[group].mean() for group in self.groups])
+                # There is no common epoch without one of them.
+                sound = self._shared(sound, [(sound | ~running)[group].all() for group in self.groups])
             better = running & sound & score.isfinite() & (score < self.loss)
         else:
             score, better = loss, running & sound
@@ -56,6 +60,13 @@ class Kept:
         self.state = torch.where(tired, PATIENCE, self.state)
         self.state = torch.where(running & ~sound, NONFINITE, self.state)
         return better
+
+    def _shared(self, values: Tensor, of_groups: Sequence[Tensor]) -> Tensor:
+        """A value of each group as one of each of its members, `(K,)`."""
+        found = torch.empty_like(values)
+        for group, value in zip(self.groups, of_groups, strict=True):
+            found[group] = value
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, each with a leading axis of members."""
@@ -70,4 +81,7 @@ class Kept:
 
     def select(self, members: Sequence[int]) -> None:
         """Goes on with some of the members."""
+        if isinstance(self.pooled, tuple):
+            self.pooled = tuple(self.pooled[member] for member in members)
+        self.groups = groups_of(self.pooled, len(members))
         self.load({name: tensor[list(members)] for name, tensor in self.tensors().items()})

@@ -22,7 +22,7 @@ from mlsbi.training.descent import RECORDED, Descent, Objective, Step
 from mlsbi.training.graphs import CapturedStep
 from mlsbi.training.history import FewRowsError, History, TrainingError
 from mlsbi.training.kept import NONFINITE, PATIENCE, RUNNING, Kept
-from mlsbi.training.members import Member, Schedule, at_once
+from mlsbi.training.members import Member, Pooling, Schedule, at_once, groups_of, whole_groups
 from mlsbi.training.memory import kept_memory
 from mlsbi.training.objective import telescope
 from mlsbi.training.options import TrainingOptions
@@ -44,7 +44,7 @@ def minimise(
     *,
     objective: Objective,
     options: TrainingOptions,
-    pooled: bool = False,
+    pooled: Pooling = False,
     schedule: Schedule | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
@@ -56,7 +56,8 @@ def minimise(
         members: Networks, rows and seeds. A member's result does not depend on the others, up to rounding.
         objective: Weights and stabilisers.
         options: Step size, batches, stopping.
-        pooled: Whether all members stop at the epoch that is best on average.
+        pooled: Whether all members stop at the epoch that is best on average, or those of a group do. Where not all
+            can be trained in one go, whole groups are.
         schedule: Trains for so many epochs, under these weights; without held-out rows only.
         checkpoint: Where to keep the state of the training, and to go on from.
         progress: Whether to show a progress bar.
@@ -75,6 +76,17 @@ def minimise(
     if not trained:
         raise ValueError("Expected a network with parameters to train; none requires a gradient.")
     device = trained[0].device
+    if isinstance(pooled, tuple):
+        most = at_once(members[0].train, len(members), options, device)
+        parts = whole_groups(groups_of(pooled, len(members)), most)
+        if len(parts) > 1:
+            found = [minimise([members[place] for place in part], objective=objective, options=options,
+                              pooled=tuple(pooled[place] for place in part), schedule=schedule,
+                              checkpoint=None if checkpoint is None else checkpoint.part(str(index)),
+                              progress=progress, label=label) for index, part in enumerate(parts)]
+            told = dict(zip((place for part in parts for place in part),
+                            (history for histories in found for history in histories), strict=True))
+            return [told[place] for place in range(len(members))]
     with seeded(members[0].seed, device), kept_memory():
         try:
             run = _Run(members, objective, options, pooled=pooled, schedule=schedule, checkpoint=checkpoint,
@@ -103,7 +115,7 @@ class _Run:
         objective: Objective,
         options: TrainingOptions,
         *,
-        pooled: bool,
+        pooled: Pooling,
         schedule: Schedule | None,
         checkpoint: Checkpoint | None,
         device: torch.device,

@@ -15,7 +15,10 @@ from mlsbi.training.objective import Term
 from mlsbi.training.options import TrainingOptions
 from mlsbi.training.plan import batch_rows
 
-__all__ = ["Member", "Schedule", "align_members", "at_once"]
+__all__ = ["Member", "Pooling", "Schedule", "align_members", "at_once", "groups_of", "whole_groups"]
+
+Pooling = bool | tuple[int, ...]
+"""Whether all members stop at the epoch that is best on average; or the group of each member: those of a group do."""
 
 # Rows in a step up to which a CPU evaluates several networks faster in one go, of each and of all (it gains 2 to 4
 # times with a few hundred rows, and loses beyond its cache).
@@ -62,6 +65,30 @@ def align_members(members: Sequence[Member]) -> list[Member]:
     aligned = [align_terms(member.train, member.validation, shared=shared) for member in members]
     return [replace(member, train=train, validation=validation)
             for member, (train, validation) in zip(members, aligned, strict=True)]
+
+
+def groups_of(pooled: Pooling, members: int) -> list[list[int]]:
+    """Places of members that stop together.
+
+    Raises:
+        ValueError: If groups are not those of so many members.
+    """
+    if isinstance(pooled, bool):
+        return [list(range(members))] if pooled else [[place] for place in range(members)]
+    if len(pooled) != members:
+        raise ValueError(f"Expected the group of each of {members} members; got {len(pooled)} groups.")
+    return [[place for place, own in enumerate(pooled) if own == group] for group in dict.fromkeys(pooled)]
+
+
+def whole_groups(groups: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Places of members to train in one go: whole groups, of so many members at most where they have no more."""
+    parts: list[list[int]] = []
+    for group in groups:
+        if parts and len(parts[-1]) + len(group) <= most:
+            parts[-1] += group
+        else:
+            parts.append(list(group))
+    return parts
 
 
 def at_once(terms: Sequence[Term], members: int, options: TrainingOptions, device: torch.device) -> int:

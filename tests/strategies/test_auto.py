@@ -176,6 +176,55 @@ def test_a_candidate_that_fails_gets_no_weight_and_is_told():
         fit(Auto((Failing(),)))
 
 
+@dataclass(frozen=True)
+class Picky(SingleLevel):
+    """A user's strategy that cannot be trained on rows of large inputs, and tells that late."""
+
+    def fit(self, members, **named):
+        histories = super().fit(members, **named)
+        if any(float(member.train[0].input.max()) > 1.7 for member in members):
+            raise TrainingError("inputs are too large")
+        return histories
+
+
+# Everything that stops by its own rows and is mixed by them, in both kinds of estimators, one of them cheap to train.
+COVERING = [(NPE, Auto((Multilevel("estimated"), TransferLearning()))), (NLE, Auto((Translation(), SingleLevel(-1)))),
+            (NPE, Emulation(((SMALL, TransferThenMultilevel()), (SMALL, Translation())), rows=64)),
+            (NPE, Auto((SingleLevel(-1), Picky(-1))))]
+
+
+@pytest.mark.parametrize(("kind", "strategy"), COVERING, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize("together", ["auto", True, False])
+def test_replicates_are_the_estimators_they_would_be_alone(kind, strategy, together):
+    options = TrainingOptions(epochs=12, learning_rate=5e-3, patience=3, precision="float64", together=together)
+    data = [make_data(n=(80, 20), seed=seed, low=low) for seed, low in enumerate(("close", "contrary", "close"))]
+    one, two, three = (kind(PRIOR, strategy=strategy, density=SMALL, training=options, seed=seed) for seed in range(3))
+    kind.fit_replicates([one, two, three], data, 2, progress=False)
+    for seed, (fitted, own) in enumerate(zip((one, two, three), data, strict=True)):
+        alone = fit(strategy, own, kind=kind, ensemble=2, options=options, seed=seed)
+        assert [history.best_epoch for history in fitted.histories] == [
+            history.best_epoch for history in alone.histories]
+        for network, expected in zip(fitted.networks, alone.networks, strict=True):
+            for name, value in expected.state_dict().items():
+                assert torch.allclose(network.state_dict()[name], value, rtol=1e-6, atol=1e-7), name
+        if fitted.history.mixture:
+            assert [part["weight"] for part in fitted.history.mixture] == pytest.approx(
+                [part["weight"] for part in alone.history.mixture], abs=1e-6)
+        if isinstance(strategy, Auto) and isinstance(strategy.candidates[1], Picky):
+            told = [any("inputs are too large" in note for note in made.history.notes) for made in (fitted, alone)]
+            assert told[0] == told[1]
+
+
+def test_a_replicate_whose_candidate_fails_leaves_the_others_theirs():
+    """The control of the test above: some replicate fails there, and some does not."""
+    failed = []
+    for seed, low in enumerate(("close", "contrary", "close")):
+        made = fit(Auto((SingleLevel(-1), Picky(-1))), make_data(n=(80, 20), seed=seed, low=low), ensemble=2, seed=seed,
+                   options=TrainingOptions(epochs=2, precision="float64"))
+        failed.append(made.history.mixture[1]["held_out"] is None)
+    assert len(set(failed)) == 2
+
+
 @pytest.mark.parametrize("kind", [NPE, NLE])
 @pytest.mark.parametrize(("pairs", "ensemble"), [(2, 2), (3, 2), (2, 5)])
 def test_two_pairs_leave_out_what_needs_more(kind, pairs, ensemble):

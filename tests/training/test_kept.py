@@ -91,6 +91,35 @@ def test_pooled_members_stop_by_their_mean(scores, patience):
     assert kept.best.tolist() == parameters[best + 1]
 
 
+@settings(deadline=None, max_examples=100)
+@given(training=trainings(), patience=st.integers(1, 5), groups=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+def test_members_of_a_group_stop_by_its_mean(training, patience, groups):
+    losses, scores, parameters = training
+    groups = tuple(groups[: len(losses[0])])
+    kept = run(losses, scores, parameters, patience=patience, scored=True, pooled=groups)
+    for group in set(groups):
+        own = [place for place, each in enumerate(groups) if each == group]
+        alone = run(*([[row[place] for place in own] for row in table] for table in (losses, scores, parameters)),
+                    patience=patience, scored=True, pooled=True)
+        assert kept.epoch[own].tolist() == alone.epoch.tolist()
+        assert kept.loss[own].tolist() == alone.loss.tolist()
+        assert kept.state[own].tolist() == alone.state.tolist()
+        assert torch.equal(kept.best[own], alone.best)
+
+
+def test_groups_are_taken_along():
+    flat = [[[float(epoch), float(member)] for member in range(3)] for epoch in range(3)]
+    kept = run([[1.0] * 3] * 2, [[3.0, 2.0, 2.0], [2.0, 3.0, 3.0]], flat, patience=9, scored=True, pooled=(0, 1, 1))
+    assert kept.epoch.tolist() == [1, 0, 0]
+    kept.select([1, 2])
+    assert kept.pooled == (1, 1)
+    better = kept.update(2, torch.ones(2), torch.tensor([1.0, 2.5]), torch.zeros(2, 2))
+    assert better.tolist() == [True, True]
+    assert kept.loss.tolist() == [1.75, 1.75]
+    with pytest.raises(ValueError, match="group of each of 1 members; got 2"):
+        Kept(torch.zeros(1, 2), patience=9, scored=True, pooled=(0, 1))
+
+
 def test_members_are_taken_along_by_number():
     scores = [[1.0, 3.0, 2.0], [2.0, 1.0, 1.0], [3.0, 2.0, math.nan]]
     parameters = [[[float(epoch), float(member)] for member in range(3)] for epoch in range(5)]
