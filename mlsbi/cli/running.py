@@ -106,7 +106,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
     begin(target, request, say)
     aside = set_aside(out) if request.overwrite else None
     if aside is not None:
-        say(f"The rounds of the earlier run, with their simulations, are in {aside}.")
+        say(f"The later rounds of the earlier run, with their simulations, are in {aside}.")
     options = RunOptions(None if target.stack is None else out / STORE, workers=request.workers,
                          on_failure=request.on_failure, retry_failed=request.retry_failed, progress=request.progress)
 
@@ -149,7 +149,7 @@ def run(target: Target, request: RunRequest) -> dict[str, Any]:
         "cost_unit": "as declared" if target.level_costs else "seconds",
         "spent": _spent(target, report, data, test_rows * m + (len(judged.theta) if judged else 0)),
         "reference": exact_chain,
-        "files": {"data": "data.npz", "store": None if target.stack is None or found is not None else STORE,
+        "files": {"data": "data.npz", "store": None if target.stack is None else STORE,
                   "rounds": None if found is None else ROUNDS,
                   "reference": "reference_samples.csv" if exact is not None else None},
     }

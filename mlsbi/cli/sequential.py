@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsbi.cli.folders import ROUNDS
+from mlsbi.cli.folders import ROUNDS, STORE
 from mlsbi.cli.requests import RunRequest
 from mlsbi.cli.targets import Target
 from mlsbi.inference.budgeting import FixedRows, check_parts
@@ -50,7 +50,7 @@ def check_rounds(target: Target, request: RunRequest, n: tuple[int, ...] | None)
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Moves the rounds of an earlier run out of the way, simulations and all; where to."""
+    """Moves the rounds of an earlier run out of the way, all but the first one's simulations; where to."""
     if not (folder / ROUNDS).exists():
         return None
     aside = next(path for path in (folder / f"{ROUNDS}-{k}" for k in range(1, 10**6)) if not path.exists())
@@ -62,7 +62,10 @@ def infer_rounds(
     target: Target, request: RunRequest, estimator: NPE, members: int, n: tuple[int, ...] | None, observed: Tensor,
     options: RunOptions,
 ) -> SequentialInference:  # fmt: skip
-    """Simulates and trains in rounds; everything is kept in the run's folder, and a run goes on there."""
+    """Simulates and trains in rounds; everything is kept in the run's folder, and a run goes on there.
+
+    The first round's simulations are in the run's store, where a pilot may have begun.
+    """
     assert target.stack is not None
     running = {key: value for key, value in vars(options).items() if key != "store"}
     return infer_sequentially(
@@ -70,7 +73,7 @@ def infer_rounds(
         budget=None if n is not None else request.budget, strategy=estimator.strategy or "multilevel",
         ensemble=members, density=estimator.builder, embedding=estimator.embedding, x_transform=estimator.x_transform,
         training=request.training, pilot_rows=request.pilot_rows, integrand=request.integrand, device=request.device,
-        folder=request.out / ROUNDS, accept_code=request.accept_code, **running,
+        folder=request.out / ROUNDS, store=request.out / STORE, accept_code=request.accept_code, **running,
     )
 
 

@@ -76,11 +76,10 @@ def draw_map(folder: Path, target: Path) -> str:
 
 
 def _find_stores(folder: Path) -> list[Store]:
-    """The store that a folder is or has, or those of its rounds."""
+    """The store that a folder is or has, and those of its rounds."""
     store = _find_store(folder)
-    if store is not None:
-        return [store]
-    return [open_store(path.parent) for path in sorted((folder / ROUNDS).glob("**/store.json"))]
+    rounds = [open_store(path.parent) for path in sorted((folder / ROUNDS).glob("**/store.json"))]
+    return rounds if store is None else [store, *rounds]
 
 
 def _find_store(folder: Path) -> Store | None:

@@ -186,6 +186,7 @@ def infer_sequentially(
     pilot_rows: int = 64,
     integrand: IntegrandLike = "loss",
     folder: str | os.PathLike[str] | None = None,
+    store: str | os.PathLike[str] | None = None,
     executor: Any = None,
     workers: int = 1,
     batch_size: int | None = None,
@@ -215,7 +216,7 @@ def infer_sequentially(
     Args:
         stack: Prior, noise and levels.
         x_o: The observation, shape `(...)` or `(1, ...)`, in the finest level's units.
-        seed: Seed of everything random.
+        seed: Seed of everything random. The first round's rows are those that `pilot` and `simulate` have with it.
         rounds: Rounds; 1 is inference without truncation.
         budget: Total cost in the unit of the stack's costs, in seconds where it declares none; a pilot in the first
             round and the rows inside later divide it over levels.
@@ -242,6 +243,8 @@ def infer_sequentially(
         pilot_rows: Joint rows of the first round's pilot, where there is a budget.
         integrand: What variances are of, as in `pilot`.
         folder: Where everything is kept.
+        store: Where the first round's simulations are kept, in the place of `folder`: the store of a pilot or campaign
+            with the same seed, of which no row is run again.
         executor: As in `simulate`.
         workers: As in `simulate`.
         batch_size: As in `simulate`.
@@ -286,7 +289,7 @@ def infer_sequentially(
     if go_on and any(getattr(each, "mixes", False) for each in strategies):
         raise ValueError("Expected strategies that mix no others beside go_on=True, which cannot go on from others'.")
     running = {"executor": executor, "workers": workers, "batch_size": batch_size, "on_failure": on_failure,
-               "retry_failed": retry_failed and folder is not None, "progress": progress}
+               "retry_failed": retry_failed, "progress": progress}
     builder, reads = resolve_builder(density), resolve_embedding(embedding)
     budgeting: Budgeting
     if budget is not None:
@@ -320,7 +323,7 @@ def infer_sequentially(
     }
     kept = None if folder is None else _Folder.open(Path(folder), asked, observed)
     state = _State(stack, observed, seed, keep, region, outside, active, go_on, budgeting, running, estimator, ensemble,
-                   kept, progress=progress, accept_code=accept_code)
+                   kept, None if store is None else Path(store), progress=progress, accept_code=accept_code)
     for number in range(1, rounds + 1):
         try:
             state = state.after_round(number)
@@ -347,6 +350,7 @@ class _State:
     new_estimator: Callable[[int], NPE]
     ensemble: int | None
     folder: _Folder | None
+    store: Path | None
     progress: bool
     accept_code: bool
     everything: MultilevelData | None = None
@@ -409,15 +413,18 @@ class _State:
 
     def _options(self, number: int, stack: LevelStack, *, pilot: bool = False) -> dict[str, Any]:
         """How a round's rows are run and where they are kept."""
-        store = None if self.folder is None else self.folder.part(number) / "store"
+        store = self.store if number == 1 else None
+        if store is None and self.folder is not None:
+            store = self.folder.part(number) / "store"
         if store is not None and self.accept_code and (store / "store.json").is_file():
             accept_code_of(store, stack)
         asked = self.running["on_failure"]
-        return {**self.running, "store": store, "on_failure": asked if pilot else self.budgeting.on_failure(asked)}
+        return {**self.running, "store": store, "on_failure": asked if pilot else self.budgeting.on_failure(asked),
+                "retry_failed": self.running["retry_failed"] and store is not None}
 
     def _begin(self, decided: dict[str, Any] | None) -> tuple[Purchase, MultilevelData, float, tuple[str, ...]]:
         """The first round's rows, what they cost, and what is to be said of the observation."""
-        seed = self._seed(1, _SIMULATING)
+        seed = self.seed
         report = self.budgeting.pilot(self.stack, seed, self._options(1, self.stack, pilot=True))
         notes: tuple[str, ...] = ()
         if report is not None:  # before the rest is paid for

@@ -548,8 +548,19 @@ def test_rounds_for_one_observation(own_stack, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["status", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("round-1/store") == 1
+    assert printed.count(f"{out}/store") == 1
     assert "round-2/store" in printed
+
+
+def test_rounds_go_on_from_the_rows_of_a_plan(own_stack, tmp_path):
+    out, target = tmp_path / "out", own_stack[1]
+    assert main(["plan", target, "--budget", "750", "--pilot", "8", "--out", str(out), "--seed", "0", "--quiet"]) == 0
+    assert main([*own_stack, "--rounds", "2", "--budget", "1500", "--pilot", "8", "--tests", "0", "--out", str(out),
+                 "--seed", "0"]) == 0
+    kept = mlsbi.simulation.opening.open_store(out / "store")
+    joint = [stream for stream in kept.streams if len(kept.done(stream)) == 8 and len(stream.levels) == 2]
+    assert len(joint) == 1  # one pilot, not two
+    assert not list((out / "rounds").glob("round-1/store"))
 
 
 def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys):
@@ -561,7 +572,8 @@ def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys
     assert (out / "results.json").read_bytes() == before
     assert main([*arguments, "60,12", "--overwrite"]) == 0
     assert "rounds-1" in capsys.readouterr().out
-    assert (out / "rounds-1/round-1/store/store.json").is_file()
+    assert list(out.glob("rounds-1/observation-*/round-2/store/store.json"))
+    assert (out / "store/store.json").is_file()  # the first round's rows are of use to any run
     assert read_results(out)["spent"]["n"] == [60, 12]
     assert "Checks are on" not in " ".join(read_results(out)["verdict"])
 
@@ -597,7 +609,7 @@ def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, mat
     out = tmp_path / "out"
     assert main([*own_stack, "--rounds", "3", *more, "--out", str(out)]) == 2
     assert re.search(match, capsys.readouterr().err)
-    assert not list(out.glob("rounds/round-1/store/*"))
+    assert not list(out.glob("store/*"))
 
 
 def test_rounds_of_a_likelihood_are_those_of_the_whole_prior(tmp_path):

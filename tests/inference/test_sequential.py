@@ -203,6 +203,19 @@ def test_a_folder_goes_on_where_it_stopped(tmp_path, monkeypatch):
         infer(**{**options, "outside": 1e-2})
 
 
+def test_a_pilots_rows_are_not_run_again(tmp_path):
+    mlsbi.pilot(make_stack(), 8, seed=3, integrand="output", store=tmp_path / "kept", progress=False)
+    CALLS.clear()
+    options = {"rounds": 2, "budget": 3000, "pilot_rows": 8, "integrand": "output", "seed": 3}
+    found = infer(store=tmp_path / "kept", **options)
+    ran = sum(n for name, n in CALLS if name == "high")
+    assert ran == sum(done.n[1] for done in found.rounds) - 8
+    CALLS.clear()
+    alone = infer(**options)
+    assert sum(n for name, n in CALLS if name == "high") == ran + 8
+    assert torch.equal(alone.posterior.sample((5,), seed=0), found.posterior.sample((5,), seed=0))
+
+
 def test_a_failed_run_leaves_what_was_finished(tmp_path, monkeypatch):
     monkeypatch.setenv("BROKEN", "yes")
     CALLS.clear()
