@@ -8,8 +8,8 @@ Observations: of `ou2` the ten that were published with the training data (`--da
   training data too, which is not coupled (`..._published`);
 - sequential, rounds of equal numbers of expensive runs: `tsnpe`, `mf_tsnpe`, `mf_tsnpe_af` (five rounds, as
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
-  `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
-  by emulation: the first by three Gaussian emulators alone);
+  `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, which is
+  cut by the mixture's 1e-4 quantile, trained by emulation: the first by three Gaussian emulators alone);
 - `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
 
 Networks that go on in a later round hold out other rows than before, some of which they were trained on.

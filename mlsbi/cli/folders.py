@@ -24,7 +24,7 @@ __all__ = ["KEPT", "REQUEST", "ROUNDS", "STORE", "TRAINING", "begin", "is_finish
            "write_json"]
 
 ROUNDS = "rounds"
-"""Folder of the simulations and networks of rounds for one observation, in that of a run."""
+"""Folder of the networks of rounds for one observation, and of the later ones' simulations, in that of a run."""
 
 STORE = "store"
 """Folder of the simulations, in that of a run."""

@@ -80,8 +80,9 @@ class _Tests:
 def run(target: Target, request: RunRequest) -> dict[str, Any]:
     r"""Plans and simulates, then trains, infers and checks with every strategy; writes everything to `request.out`.
 
-    Every simulation is kept in `request.out/store`, data, models and results as soon as they exist. The same request
-    for a folder that an interrupted run left goes on where that one was.
+    Every simulation is kept in `request.out/store`, those of later rounds for one observation in `request.out/rounds`;
+    data, models and results as soon as they exist. The same request for a folder that an interrupted run left goes on
+    where that one was.
 
     Returns:
         The content of `results.json`.

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlsbi.cli.folders import KEPT, REQUEST, ROUNDS, STORE
 from mlsbi.store.locking import find_holder
-from mlsbi.store.store import Store, StoreError, open_store
+from mlsbi.store.store import Store, StoreError, find_stores, open_store
 
 __all__ = ["describe", "draw_map"]
 
@@ -65,20 +67,20 @@ def draw_map(folder: Path, target: Path) -> str:
     from mlsbi import plots
     from mlsbi.plots.failures import read_tries
 
-    store = _find_store(folder)
-    lost = [failed for _, failed in _tries(store)] if store is not None else []
-    if store is None or not any(lost):
+    stores = _find_stores(folder)
+    lost = [sum(failed) for failed in zip(*([failed for _, failed in _tries(store)] for store in stores), strict=True)]
+    if not any(lost):
         raise ValueError(f"Expected failed rows to draw a map of; {folder} has none. Leave --map out.")
     level = lost.index(max(lost))
-    theta, failed = read_tries(store, level)
-    plots.failures(theta, failed, names=store.parameters).savefig(target, dpi=110)
-    return f"Map of the failures of '{store.names[level]}': {target}"
+    theta, failed = map(np.concatenate, zip(*(read_tries(store, level) for store in stores), strict=True))
+    plots.failures(theta, failed, names=stores[0].parameters).savefig(target, dpi=110)
+    return f"Map of the failures of '{stores[0].names[level]}': {target}"
 
 
 def _find_stores(folder: Path) -> list[Store]:
     """The store that a folder is or has, and those of its rounds."""
     store = _find_store(folder)
-    rounds = [open_store(path.parent) for path in sorted((folder / ROUNDS).glob("**/store.json"))]
+    rounds = [open_store(path) for path in find_stores(folder / ROUNDS)]
     return rounds if store is None else [store, *rounds]
 
 

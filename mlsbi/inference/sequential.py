@@ -46,6 +46,7 @@ from mlsbi.simulation.opening import accept_code as accept_code_of
 from mlsbi.simulation.running import RunOptions
 from mlsbi.simulation.scheduling import OnFailure
 from mlsbi.simulation.sources import strip_addresses
+from mlsbi.store.store import open_store
 from mlsbi.strategies.fitting import check_strategy
 from mlsbi.strategies.registry import Strategy, resolve_strategy, strategy_to_config
 from mlsbi.training.options import TrainingOptions
@@ -242,9 +243,9 @@ def infer_sequentially(
         training: As in `NPE`.
         pilot_rows: Joint rows of the first round's pilot, where there is a budget.
         integrand: What variances are of, as in `pilot`.
-        folder: Where everything is kept.
-        store: Where the first round's simulations are kept, in the place of `folder`: the store of a pilot or campaign
-            with the same seed, of which no row is run again.
+        folder: Where everything is kept, but for what is in `store`.
+        store: Where the first round's simulations are kept: the store of a pilot or campaign with the same seed, of
+            which no row is run again. A part of `folder` when left out.
         executor: As in `simulate`.
         workers: As in `simulate`.
         batch_size: As in `simulate`.
@@ -252,7 +253,7 @@ def infer_sequentially(
             others.
         retry_failed: As in `simulate`. Networks of rounds that others followed stay as they were: these keep their
             truncated priors and plans, and train on the mended rows too.
-        accept_code: Whether rows in the folder that other code of the stack made are taken for its own; see
+        accept_code: Whether rows in the folder and store that other code of the stack made are taken for its own; see
             `mlsbi.accept_code`.
         device: Where networks are trained.
         progress: Whether to show progress bars.
@@ -313,9 +314,10 @@ def infer_sequentially(
         check_strategy(strategies[number - 1], len(stack), shape, options=estimator(number).training)
     asked = {
         "seed": seed, "rounds": int(rounds), "budget": budget,
-        "n": budgeting.n if isinstance(budgeting, FixedRows) else None, "keep": keep, "region": region,
-        "outside": outside,
-        "active": active, "go_on": go_on, "ensemble": ensemble, "pilot_rows": int(pilot_rows),
+        "n": budgeting.n if isinstance(budgeting, FixedRows) else None,
+        "store": None if store is None or folder is None else os.path.relpath(store, folder),
+        "keep": keep, "region": region, "outside": outside, "active": active, "go_on": go_on, "ensemble": ensemble,
+        "pilot_rows": int(pilot_rows),
         "strategies": [strategy_to_config(each) for each in strategies],
         **{name: strip_addresses(repr(value)) for name, value in
            (("density", builder), ("embedding", reads), ("x_transform", x_transform), ("integrand", integrand),
@@ -425,6 +427,8 @@ class _State:
     def _begin(self, decided: dict[str, Any] | None) -> tuple[Purchase, MultilevelData, float, tuple[str, ...]]:
         """The first round's rows, what they cost, and what is to be said of the observation."""
         seed = self.seed
+        if self.store is not None and decided is None:
+            _check_seed_of(self.store, seed)
         report = self.budgeting.pilot(self.stack, seed, self._options(1, self.stack, pilot=True))
         notes: tuple[str, ...] = ()
         if report is not None:  # before the rest is paid for
@@ -689,6 +693,14 @@ def _run_costs(stack: LevelStack, data: MultilevelData) -> tuple[float, ...]:
     if stack.costs is not None:
         return stack.costs
     return tuple(seconds / max(runs, 1) for seconds, runs in zip(data.seconds or (), data.runs, strict=True))
+
+
+def _check_seed_of(path: Path, seed: int) -> None:
+    """Warns of a store whose rows are of no use."""
+    seeds = {stream.seed for stream in open_store(path).streams} if (path / "store.json").is_file() else set()
+    if seeds and seed not in seeds:
+        warnings.warn(f"No row in {path} is of seed {seed}, as the first round's are; there are rows of "
+                      f"{', '.join(map(str, sorted(seeds)))}. All of the first round is run.", stacklevel=6)
 
 
 def _resampled(prior: TruncatedPrior) -> str:

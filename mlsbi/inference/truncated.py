@@ -216,8 +216,8 @@ def density_region(
 
     Args:
         posterior: The posterior, with its observation.
-        union: Whether it is the union of the regions of each network of an ensemble, instead of their mixture's. What
-            one network is too sure of, another one may know better.
+        union: Whether it is the union of the regions of each network of an ensemble, instead of their mixture's, in
+            one box about all of them. What one network is too sure of, another one may know better.
         outside: The share.
         draws: Draws that the edge is found from; so many of each network for a union.
         seed: Of the draws.

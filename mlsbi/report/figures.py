@@ -18,7 +18,7 @@ from mlsbi.plots.failures import read_tries
 from mlsbi.report.checking import worst_level
 from mlsbi.report.html import read_results
 from mlsbi.report.wording import Record, part, unit_of
-from mlsbi.store.store import StoreError, open_store
+from mlsbi.store.store import StoreError, find_stores, open_store
 from mlsbi.training.history import History
 
 __all__ = ["draw_figures"]
@@ -126,10 +126,11 @@ def _quality(results: Record, records: list[Record]) -> Figure:
 
 def _failures(folder: Path, results: Record, box: dict[str, Any] | None) -> dict[str, Figure]:
     """The map of failed rows, where there are any and the run kept its simulations."""
-    level, store = worst_level(results), results["files"].get("store")
+    level, store, rounds = worst_level(results), results["files"].get("store"), results["files"].get("rounds")
     if level is None or store is None:
         return {}
-    theta, failed = read_tries(open_store(folder / store), level)
+    stores = [folder / store, *(find_stores(folder / rounds) if rounds else [])]
+    theta, failed = map(np.concatenate, zip(*(read_tries(open_store(path), level) for path in stores), strict=True))
     if not failed.any():  # repaired since
         return {}
     ends = {} if box is None else {"low": box["low"], "high": box["high"]}

@@ -229,7 +229,7 @@ def _failed(results: Record, names: Sequence[str], figures: Path) -> list[str]:
             "" if path.is_file() else "Where in the prior they are cannot be drawn: the run's store of simulations is "
                                       "not here, or cannot be read.",
         ),
-        figure(path, f"Every row in the run's store whose finest level is '{names[worst]}', a pilot's and test rows "
+        figure(path, f"Every row that the run kept whose finest level is '{names[worst]}', a pilot's and test rows "
                "included. "
                + ("Below the diagonal, rows that failed are red; on it is" if several else "Drawn is")
                + " the share that fails along each parameter, and dashed that of all rows. Where nearly everything "

@@ -30,7 +30,7 @@ from mlsbi.store.writing import Writer, open_writer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Store", "StoreError", "Writer", "create_store", "open_store"]
+__all__ = ["Store", "StoreError", "Writer", "create_store", "find_stores", "open_store"]
 
 Array = np.ndarray[Any, Any]
 
@@ -261,6 +261,11 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     """
     folder = Path(path).absolute()  # a simulator may change the working directory
     return Store(folder, read_manifest(folder))
+
+
+def find_stores(folder: Path) -> list[Path]:
+    """The stores below a folder."""
+    return sorted(path.parent for path in folder.glob("**/store.json"))
 
 
 def create_store(

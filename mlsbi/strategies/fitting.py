@@ -276,11 +276,14 @@ def fit_replicates(
                 for problem, seed in zip(problems, seeds, strict=True)]
     rows = fittings[0].rows
     apart = fittings[0].covers or _cross_fits(rows, options)
-    alike = all([len(term) for term in fitting.rows] == [len(term) for term in rows] for fitting in fittings)
-    if fittings[0].covers and alike and options.together and len(problems) > 1:
-        return _fit_covering(fittings, members, progress=progress)
+    alike = all(_shape(fitting.rows) == _shape(rows) for fitting in fittings)
     total = members * len(problems)
     most = at_once(rows, total, options, place)
+    if fittings[0].covers and alike and most >= 2 * members:
+        found: list[tuple[list[Network], list[History]]] = []
+        for group in _groups(range(len(problems)), most // members):
+            found += _fit_covering([fittings[index] for index in group], members, progress=progress)
+        return found
     if not alike or most == 1 or apart:
         return [fit_ensemble(problem, builder, strategy, members=members, embedding=embedding, options=options,
                              device=device, seed=seed, progress=progress)
@@ -292,6 +295,11 @@ def fit_replicates(
         histories += strategy.fit(trained, options=options, progress=progress, label=_label(group, total))
         networks += [member.network for member in trained]
     return [(networks[at: at + members], histories[at: at + members]) for at in range(0, total, members)]
+
+
+def _shape(rows: Sequence[Term]) -> list[tuple[int, bool]]:
+    """Rows of each term, and whether it has pairs."""
+    return [(len(term), term.coarse is not None) for term in rows]
 
 
 def _fit_covering(

@@ -2,7 +2,6 @@ r"""Training several strategies on the same rows, and weighing what they give by
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,15 +64,16 @@ def mix_candidates(
 ) -> tuple[list[DensityMixture], list[History]]:
     r"""Trains candidates one after the other, each stopped by all members together, and mixes them.
 
-    All members, or those of a group, have the same weights: those of the mixture with the best score on the rows that
-    they hold out. A candidate that cannot be trained, or not on so few rows, gets no weight, and the history says why.
+    All members have the same weights: those of the mixture with the best score on the rows that they hold out. A
+    candidate that cannot be trained, or not on so few rows, gets no weight, and the history says why. With groups, such
+    as the ensembles of several data sets, all of this holds for each by itself.
 
     Args:
         candidates: What to train.
         members: Rows and seeds; their networks are not used.
         options: How each candidate is trained.
-        pooled: The group of each member, where they are not all of one.
-        checkpoint: Where to keep the state of the training, and to go on from.
+        pooled: The group of each member, where they are not all of one; anything else is one group.
+        checkpoint: Where to keep the state of the training, and to go on from; of one group.
         progress: Whether to show a progress bar.
         label: What the bar is called.
 
@@ -83,14 +83,14 @@ def mix_candidates(
     Raises:
         TrainingError: If no candidate can be trained, or none can be scored.
     """
-    groups = groups_of(pooled or True, len(members))
+    pooled = pooled or True
     found: list[list[History | str]] = []
     for index, candidate in enumerate(candidates):
         part = None if checkpoint is None else checkpoint.part(str(index))
-        found.append(_train(candidate, members, groups, options=options, checkpoint=part, progress=progress,
+        found.append(_train(candidate, members, pooled=pooled, options=options, checkpoint=part, progress=progress,
                             label=f"{label}, {candidate.name}"))
     mixed: dict[int, tuple[DensityMixture, History]] = {}
-    for group in groups:
+    for group in groups_of(pooled, len(members)):
         own = [replace(candidate, networks=[candidate.networks[at] for at in group]) for candidate in candidates]
         told = [[histories[at] for at in group] for histories in found]
         mixed |= dict(zip(group, _mix(own, [members[at] for at in group], told), strict=True))
@@ -100,37 +100,42 @@ def mix_candidates(
 def _train(
     candidate: Candidate,
     members: Sequence[Member],
-    groups: Sequence[Sequence[int]],
     *,
+    pooled: Pooling,
     options: TrainingOptions,
     checkpoint: Checkpoint | None,
     progress: bool,
     label: str,
 ) -> list[History | str]:
     """What happened to each member's network of a candidate, or why it could not be trained."""
+    groups = groups_of(pooled, len(members))
     own = [replace(member, network=network, train=candidate.strategy.terms(member.train),
                    validation=candidate.strategy.terms(member.validation))
            for member, network in zip(members, candidate.networks, strict=True)]
-    # Training goes on in place, and what stops one group is not to stop the others.
-    before = [copy.deepcopy(network.state_dict()) for network in candidate.networks] if len(groups) > 1 else []
-    pooled: Pooling = True
-    if len(groups) > 1:
-        pooled = tuple(index for at in range(len(members)) for index, group in enumerate(groups) if at in group)
+    # Networks are trained in place, and what stops one group is not to stop the others.
+    before = [[tensor.detach().clone() for tensor in _tensors(network)] for network in candidate.networks
+              if len(groups) > 1]
     try:
         return list(candidate.strategy.fit(own, options=options, pooled=pooled, checkpoint=checkpoint,
                                            progress=progress, label=label))
     except (TrainingError, FewRowsError) as error:
         if len(groups) == 1:
             return [str(error)] * len(members)
-    for network, state in zip(candidate.networks, before, strict=True):
-        network.load_state_dict(state)
+    for network, values in zip(candidate.networks, before, strict=True):
+        with torch.no_grad():
+            for tensor, value in zip(_tensors(network), values, strict=True):
+                tensor.copy_(value)
     found: dict[int, History | str] = {}
-    for index, group in enumerate(groups):
+    for group in groups:
         alone = replace(candidate, networks=[candidate.networks[at] for at in group])
-        part = None if checkpoint is None else checkpoint.part(f"group-{index}")
-        found |= dict(zip(group, _train(alone, [members[at] for at in group], [range(len(group))], options=options,
-                                        checkpoint=part, progress=progress, label=label), strict=True))
+        found |= dict(zip(group, _train(alone, [members[at] for at in group], pooled=True, options=options,
+                                        checkpoint=None, progress=progress, label=label), strict=True))
     return [found[at] for at in range(len(members))]
+
+
+def _tensors(network: ConditionalDensity) -> list[Tensor]:
+    """All that training may change."""
+    return [*network.parameters(), *network.buffers()]
 
 
 def _mix(

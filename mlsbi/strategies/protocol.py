@@ -20,6 +20,9 @@ class Strategy(Protocol):
     Beside them it may have `members`, how many networks to train where no number is asked for; `covers = True`, if
     every row is to be held out by some member and members are to stop together; and `mixes = True`, if it makes each
     network a mixture of several: it is then given `DensityMixture`s.
+
+    Members may be of several data sets: `pooled` then has a group for each, and nothing is to be learned across groups.
+    A strategy that hands `members` and `pooled` to `minimise` or `mix_candidates` as they are has nothing to do for it.
     """
 
     def terms(self, terms: Sequence[Term]) -> list[Term]:

@@ -31,7 +31,7 @@ class Kept:
     def __init__(self, flat: Tensor, *, patience: int, scored: bool, pooled: Pooling) -> None:
         self.patience, self.scored, self.pooled = patience, scored, pooled
         members = len(flat)
-        self.groups = groups_of(pooled, members)
+        self._same = self._together(members, flat.device)
         self.best = flat.clone()
         self.previous = flat.clone()  # without scores the last parameters are kept, of which no loss is known yet
         self.loss = torch.full((members,), torch.inf, dtype=torch.float64, device=flat.device)
@@ -45,9 +45,8 @@ class Kept:
         if self.scored:
             if self.pooled:
                 # A member without a finite score says that its epoch is no good; the others' go on.
-                score = self._shared(score, [score[group].mean() for group in self.groups])
-                # There is no common epoch without one of them.
-                sound = self._shared(sound, [(sound | ~running)[group].all() for group in self.groups])
+                score = torch.where(self._same, score, 0.0).sum(1) / self._same.sum(1)
+                sound = (sound | ~running | ~self._same).all(1)  # there is no common epoch without one of them
             better = running & sound & score.isfinite() & (score < self.loss)
         else:
             score, better = loss, running & sound
@@ -61,12 +60,13 @@ class Kept:
         self.state = torch.where(running & ~sound, NONFINITE, self.state)
         return better
 
-    def _shared(self, values: Tensor, of_groups: Sequence[Tensor]) -> Tensor:
-        """A value of each group as one of each of its members, `(K,)`."""
-        found = torch.empty_like(values)
-        for group, value in zip(self.groups, of_groups, strict=True):
-            found[group] = value
-        return found
+    def _together(self, members: int, device: torch.device) -> Tensor:
+        """Which members stop together, `(K, K)`."""
+        same = torch.zeros(members, members, dtype=torch.bool)
+        for group in groups_of(self.pooled, members):
+            for member in group:
+                same[member, group] = True
+        return same.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, each with a leading axis of members."""
@@ -83,5 +83,5 @@ class Kept:
         """Goes on with some of the members."""
         if isinstance(self.pooled, tuple):
             self.pooled = tuple(self.pooled[member] for member in members)
-        self.groups = groups_of(self.pooled, len(members))
+        self._same = self._together(len(members), self.loss.device)
         self.load({name: tensor[list(members)] for name, tensor in self.tensors().items()})

@@ -13,6 +13,8 @@ import mlsbi
 from mlsbi import TrainingOptions
 from mlsbi.cli.main import main
 from mlsbi.cli.requests import RunRequest
+from mlsbi.store.records import JOINT_STREAM
+from mlsbi.store.store import open_store
 
 QUICK = ["--quiet", "--ensemble", "1", "--seed", "1"]
 
@@ -557,9 +559,9 @@ def test_rounds_go_on_from_the_rows_of_a_plan(own_stack, tmp_path):
     assert main(["plan", target, "--budget", "750", "--pilot", "8", "--out", str(out), "--seed", "0", "--quiet"]) == 0
     assert main([*own_stack, "--rounds", "2", "--budget", "1500", "--pilot", "8", "--tests", "0", "--out", str(out),
                  "--seed", "0"]) == 0
-    kept = mlsbi.simulation.opening.open_store(out / "store")
-    joint = [stream for stream in kept.streams if len(kept.done(stream)) == 8 and len(stream.levels) == 2]
-    assert len(joint) == 1  # one pilot, not two
+    kept = open_store(out / "store")
+    joint = [len(kept.done(stream)) for stream in kept.streams if stream.number == JOINT_STREAM]
+    assert joint == [8]  # one pilot, not two
     assert not list((out / "rounds").glob("round-1/store"))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -182,6 +183,20 @@ def test_the_map_is_of_the_level_with_most_failures(tmp_path, capsys, monkeypatc
     assert np.flatnonzero(failed).tolist() == [1, 4]
     assert theta.shape == (30, 2)
     assert options["names"] == ("mu", "tau")
+
+
+def test_the_map_of_a_run_has_the_rows_of_its_rounds(tmp_path, capsys, monkeypatch):
+    """The first round's are in the run's store, where nothing failed here."""
+    new(tmp_path / "run/store", (HIGH, make(HIGH, 10)))
+    new(tmp_path / "run/rounds/observation-1/round-2/store", (HIGH, make(HIGH, 6, [2], start=10)),
+        (HIGH, make(HIGH, 4, [17], start=16)))
+    drawn = []
+    monkeypatch.setattr("mlsbi.plots.failures", lambda theta, failed, **named: drawn.append((theta, failed))
+                        or matplotlib.figure.Figure())
+    printed(capsys, tmp_path / "run", "--map", tmp_path / "map.png")
+    (theta, failed), = drawn
+    assert theta[:, 0] == pytest.approx(np.arange(20) / 100)
+    assert np.flatnonzero(failed).tolist() == [17]
 
 
 @pytest.mark.parametrize(("failed", "name", "match"), [

@@ -16,7 +16,6 @@ from mlsbi.inference.sequential import infer_sequentially
 from mlsbi.inference.surprise import outside_all, surprise
 from mlsbi.inference.truncated import TruncatedPrior, TruncationError
 from mlsbi.priors import sample_prior
-from mlsbi.randomness import child_seed
 
 SD = 0.05
 CALLS = []
@@ -214,6 +213,13 @@ def test_a_pilots_rows_are_not_run_again(tmp_path):
     alone = infer(**options)
     assert sum(n for name, n in CALLS if name == "high") == ran + 8
     assert torch.equal(alone.posterior.sample((5,), seed=0), found.posterior.sample((5,), seed=0))
+    with pytest.warns(UserWarning, match="No row in .*kept is of seed 4, .* rows of 3"):
+        infer(store=tmp_path / "kept", **{**options, "rounds": 1, "seed": 4})
+    # A folder knows where the first round's rows are: without them they would be paid for twice.
+    options |= {"rounds": 1, "n": (40, 8), "budget": None, "folder": tmp_path / "rounds"}
+    infer(store=tmp_path / "kept", **options)
+    with pytest.raises(ValueError, match=r"other settings \(store\)"):
+        infer(**options)
 
 
 def test_a_failed_run_leaves_what_was_finished(tmp_path, monkeypatch):
@@ -398,7 +404,7 @@ def test_three_levels_and_costs_of_pairs(pair_costs):
     # Every row as it is paid for; the pilot's eight joint rows and their replays by themselves.
     later = sum(n * cost for n, cost in zip(found.rounds[1].n, costs, strict=True))
     assert found.rounds[1].spent - found.rounds[0].spent == pytest.approx(later)
-    first = mlsbi.simulate_adaptively(stack, 2000, seed=child_seed(0, 1 << 21, 1, 0), rounds=1, pilot_rows=8, minimum=8,
+    first = mlsbi.simulate_adaptively(stack, 2000, seed=0, rounds=1, pilot_rows=8, minimum=8,
                                       integrand="output", progress=False)
     assert first.data.n == found.rounds[0].n
     assert found.rounds[0].spent == pytest.approx(first.spent)

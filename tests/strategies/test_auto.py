@@ -194,12 +194,16 @@ COVERING = [(NPE, Auto((Multilevel("estimated"), TransferLearning()))), (NLE, Au
 
 
 @pytest.mark.parametrize(("kind", "strategy"), COVERING, ids=lambda value: getattr(value, "__name__", None))
-@pytest.mark.parametrize("together", ["auto", True, False])
-def test_replicates_are_the_estimators_they_would_be_alone(kind, strategy, together):
-    options = TrainingOptions(epochs=12, learning_rate=5e-3, patience=3, precision="float64", together=together)
+@pytest.mark.parametrize("most", [None, 4])
+def test_replicates_are_the_estimators_they_would_be_alone(kind, strategy, most, monkeypatch):
+    """In one go, or where no more than two of them fit into one."""
+    if most is not None:
+        monkeypatch.setattr("mlsbi.training.loop.at_once", lambda terms, members, *others: min(members, most))
+    options = TrainingOptions(epochs=8, learning_rate=5e-3, patience=3, precision="float64")
     data = [make_data(n=(80, 20), seed=seed, low=low) for seed, low in enumerate(("close", "contrary", "close"))]
     one, two, three = (kind(PRIOR, strategy=strategy, density=SMALL, training=options, seed=seed) for seed in range(3))
     kind.fit_replicates([one, two, three], data, 2, progress=False)
+    told = []
     for seed, (fitted, own) in enumerate(zip((one, two, three), data, strict=True)):
         alone = fit(strategy, own, kind=kind, ensemble=2, options=options, seed=seed)
         assert [history.best_epoch for history in fitted.histories] == [
@@ -210,19 +214,32 @@ def test_replicates_are_the_estimators_they_would_be_alone(kind, strategy, toget
         if fitted.history.mixture:
             assert [part["weight"] for part in fitted.history.mixture] == pytest.approx(
                 [part["weight"] for part in alone.history.mixture], abs=1e-6)
-        if isinstance(strategy, Auto) and isinstance(strategy.candidates[1], Picky):
-            told = [any("inputs are too large" in note for note in made.history.notes) for made in (fitted, alone)]
-            assert told[0] == told[1]
+        told.append([any("inputs are too large" in note for note in made.history.notes) for made in (fitted, alone)])
+    failing = isinstance(strategy, Auto) and any(isinstance(each, Picky) for each in strategy.candidates)
+    assert told == [[False] * 2, [False] * 2, [failing] * 2]  # what fails in one leaves the others theirs
 
 
-def test_a_replicate_whose_candidate_fails_leaves_the_others_theirs():
-    """The control of the test above: some replicate fails there, and some does not."""
-    failed = []
-    for seed, low in enumerate(("close", "contrary", "close")):
-        made = fit(Auto((SingleLevel(-1), Picky(-1))), make_data(n=(80, 20), seed=seed, low=low), ensemble=2, seed=seed,
-                   options=TrainingOptions(epochs=2, precision="float64"))
-        failed.append(made.history.mixture[1]["held_out"] is None)
-    assert len(set(failed)) == 2
+def test_replicates_are_trained_together_as_far_as_they_are_alike_and_fit(monkeypatch):
+    calls = []
+    fit_auto = Auto.fit
+    monkeypatch.setattr(Auto, "fit", lambda self, members, **named: calls.append(named["pooled"])
+                        or fit_auto(self, members, **named))
+    coupled = [make_data(n=(60, 20), seed=seed) for seed in range(3)]
+    theta, x, *_ = (part for part in (coupled[0].levels[1].theta, coupled[0].levels[1].fine))
+    apart = MultilevelData.from_arrays([(coupled[0].levels[0].theta, coupled[0].levels[0].fine), (theta, x)])
+    options = TrainingOptions(epochs=2)
+
+    def together(data):
+        calls.clear()
+        made = [NPE(PRIOR, strategy=Auto((TransferLearning(), SingleLevel(-1))), density=SMALL, training=options,
+                    seed=seed) for seed in range(len(data))]
+        NPE.fit_replicates(made, data, 2, progress=False)
+        return list(calls)
+
+    assert together(coupled) == [(0, 0, 1, 1, 2, 2)]
+    assert together([coupled[0], apart]) == [True, True]  # pairs of one are none of the other
+    monkeypatch.setattr("mlsbi.strategies.fitting.at_once", lambda terms, members, *others: 5)
+    assert together(coupled) == [(0,) * 2, (0, 0, 1, 1)]
 
 
 @pytest.mark.parametrize("kind", [NPE, NLE])
