@@ -69,6 +69,17 @@ def test_quality_numbers_are_the_measured_ones(monkeypatch):
             if column in entry:
                 scores = [cells[column][str(seed)]["score"] for seed in entry["seeds"]]
                 assert entry[column]["score"]["median"] == pytest.approx(statistics.median(scores))
+    own = {name: list(columns["auto"].values()) for name, columns in measured["cells"].items()}
+    middle = [statistics.median(cell["coverage_90"] for cell in cells) for cells in own.values()]
+    flat = [(name, cell) for name, cells in own.items() for cell in cells]
+    low = [name for name, cell in flat if cell["coverage_90"] < 0.85]
+    least = min(cell["coverage_90"] for _, cell in flat)
+    uniform = sum(cell["uniformity_p"] >= 0.01 for _, cell in flat)
+    assert f"the truth in {min(middle):.0%} to {max(middle):.0%} of the test rows" in README
+    splits = low.count("camels, 20 pairs")
+    told = f"{len(low)} are below 85%, of which {splits} are splits of `camels` ({least:.0%} at least)"
+    assert f"Of the {len(flat)} cells\n{told}" in README
+    assert f"(KS, p > 0.01) in\n{uniform} cells" in README
 
 
 def test_sequential_numbers_are_the_measured_ones(monkeypatch):
