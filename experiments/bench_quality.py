@@ -12,9 +12,8 @@ density (of theta for posteriors, of x for likelihoods), on 250 test rows, and w
 
 Hyper-parameters were chosen on seeds from 9000 on; reported seeds start at 100. A cell is one (row, seed, strategy);
 finished ones are read from the result file and from `--cells`, so that an interrupted run goes on, on another machine
-too. `METHOD` is raised when what is measured changes, and old cells are then not used. All of it takes about 6
-hours on two cores, of which the published recipe half an hour. Seeds are trained some in one go (`TOGETHER`), which is
-the same as one by one up to rounding.
+too. `METHOD` is raised when what is measured changes, and old cells are then not used; each says how many seconds it
+took. Seeds are trained some in one go (`TOGETHER`), which is the same as one by one up to rounding.
 
     python experiments/bench_quality.py --data FOLDER_OF_CAMELS --workers 2
     python experiments/bench_quality.py --quick

@@ -79,7 +79,17 @@ def test_quality_numbers_are_the_measured_ones(monkeypatch):
     splits = low.count("camels, 20 pairs")
     told = f"{len(low)} are below 85%, of which {splits} are splits of `camels` ({least:.0%} at least)"
     assert f"Of the {len(flat)} cells\n{told}" in README
-    assert f"(KS, p > 0.01) in\n{uniform} cells" in README
+    assert f"(KS, p > 0.01) in {uniform} cells" in README
+    wide = sum(sum(cell["coverage_90"] > 0.9 for cell in cells) >= 14 for cells in own.values())
+    assert (wide, len(own)) == (5, 10)
+    assert "In five of the ten rows regions are rather too wide (they hold more than 90% for\nat least 14 of 20" in README
+    behind = [cells[str(seed)]["score"] - min(columns[single][str(seed)]["score"] for single in columns
+                                              if single not in ("published", "auto", "reference"))
+              for columns in measured["cells"].values() for cells in [columns["auto"]] for seed in cells]
+    assert f"behind\nit by up to {max(behind):.2f} nats in single seeds" in README
+    seconds = sum(cell.get("seconds", 0.0) for columns in measured["cells"].values() for cells in columns.values()
+                  for cell in cells.values())
+    assert f"Its cells took {seconds / 3600:.0f} process hours" in README
 
 
 def test_sequential_numbers_are_the_measured_ones(monkeypatch):

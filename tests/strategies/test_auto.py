@@ -225,8 +225,7 @@ def test_replicates_are_trained_together_as_far_as_they_are_alike_and_fit(monkey
     monkeypatch.setattr(Auto, "fit", lambda self, members, **named: calls.append(named["pooled"])
                         or fit_auto(self, members, **named))
     coupled = [make_data(n=(60, 20), seed=seed) for seed in range(3)]
-    theta, x, *_ = (part for part in (coupled[0].levels[1].theta, coupled[0].levels[1].fine))
-    apart = MultilevelData.from_arrays([(coupled[0].levels[0].theta, coupled[0].levels[0].fine), (theta, x)])
+    apart = MultilevelData.from_arrays([(level.theta, level.fine) for level in coupled[0].levels])
     options = TrainingOptions(epochs=2)
 
     def together(data):
