@@ -29,7 +29,7 @@ BOX = BoxPrior([-1.0, 0.0], [1.0, 2.0])
 A = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, -1.0]])
 SIGMA = 0.6
 QUICK = TrainingOptions(epochs=3)
-SMALL = NSF(transforms=2, hidden=8)
+SMALL = MDN(1, 8, 1)
 
 
 def noise(n, generator):
@@ -101,21 +101,22 @@ def test_the_low_level_alone_recovers_another_likelihood():
     assert fit_likelihood("low")[1] > 0.5
 
 
-@pytest.mark.parametrize("density", [NSF(2, 16), MAF(3, 16)], ids=lambda density: type(density).__name__)
+@pytest.mark.parametrize("density", [MAF(3, 16), pytest.param(NSF(2, 16), marks=pytest.mark.slow)],
+                         ids=lambda density: type(density).__name__)
 def test_other_densities_recover_it_too(density):
     assert fit_likelihood("multilevel", density)[1] < 0.08
 
 
-def test_mcmc_with_the_exact_likelihood_gives_the_exact_posterior():
+@pytest.mark.parametrize("method", ["emcee", pytest.param("hmc", marks=pytest.mark.slow)])
+def test_mcmc_with_the_exact_likelihood_gives_the_exact_posterior(method):
     x = observe(5)
     posterior, exact = MCMCPosterior(exact_likelihood, PRIOR, (3,), x), exact_posterior(x)
-    for method in ("emcee", "hmc"):
-        posterior.mcmc = MCMCOptions(method=method, effective=2000)
-        samples = posterior.sample((2000,), seed=0)
-        assert posterior.convergence[0].converged
-        standard_error = exact.variance.sqrt() / math.sqrt(1000)
-        assert ((samples.mean(0) - exact.mean).abs() < 4 * standard_error).all()
-        assert c2st(exact.sample((2000,)).numpy(), samples.numpy()) < 0.55
+    posterior.mcmc = MCMCOptions(method=method, effective=2000)
+    samples = posterior.sample((2000,), seed=0)
+    assert posterior.convergence[0].converged
+    standard_error = exact.variance.sqrt() / math.sqrt(1000)
+    assert ((samples.mean(0) - exact.mean).abs() < 4 * standard_error).all()
+    assert c2st(exact.sample((2000,)).numpy(), samples.numpy()) < 0.55
     evidence = posterior.evidence(x[None], draws=samples[:, None])
     values = posterior.log_prob(samples[:200]) - evidence.value
     assert torch.allclose(values.float(), exact.log_prob(samples[:200]), atol=5 * evidence.standard_error.item() + 1e-3)
@@ -171,7 +172,7 @@ def test_outside_the_support_the_density_is_zero(small):
 
 
 def test_seeds_reproduce_and_leave_global_state(small):
-    posterior = small.posterior(observe(3))
+    posterior = small.posterior(observe(3), mcmc=MCMCOptions(effective=100))
     torch_state = torch.get_rng_state()
     first, again, other = (posterior.sample((50,), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)

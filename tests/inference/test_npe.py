@@ -72,7 +72,8 @@ def fit_gaussian(strategy):
     return posterior, test, found + exact_gaussian(test.fine).log_prob(test.theta).mean().item()
 
 
-RECOVER = ["multilevel", Multilevel("estimated"), Multilevel(rescale=True, project=True), "high"]
+RECOVER = ["multilevel", "high", *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in (
+    Multilevel("estimated"), Multilevel(rescale=True, project=True)))]
 
 
 @pytest.mark.parametrize("strategy", RECOVER, ids=str)

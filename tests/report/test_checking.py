@@ -148,14 +148,14 @@ class Exact:
 
 
 def test_the_exact_posterior_passes_every_check_and_a_shifted_one_does_not():
-    task = tasks.get("ou")
+    task = tasks.get("ou2")
     theta, x = task.test(150, 5)
     found, arrays = check_posterior(Exact(task), theta, x, draws=100, seed=0, reference=task.reference)
     assert abs(found["kld"]["mean"]) < 1e-3  # the same density, scored twice
     assert found["nlpd"]["mean"] == pytest.approx(found["reference_nlpd"], abs=1e-6)
     assert found["coverage"]["p"] > 0.01
-    assert min(found["sbc"]["p"]) > 0.01 / 3
-    assert arrays["ranks"].shape == (150, 3)
+    assert min(found["sbc"]["p"]) > 0.01 / 2
+    assert arrays["ranks"].shape == (150, 2)
     shifted, _ = check_posterior(Exact(task, shift=0.15), theta, x, draws=100, seed=0)
     assert min(shifted["sbc"]["p"]) < 1e-3
 

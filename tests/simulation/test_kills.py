@@ -197,6 +197,7 @@ def bystander(witness, culprit, folder):
     return simulate_row
 
 
+@pytest.mark.slow
 def test_a_row_that_was_under_way_when_workers_died_is_not_to_blame_if_it_dies_once_itself(tmp_path):
     theta, _ = RowSource(make(one_seed_a_row), seed=1, stream=1).rows(0, 12)
     stack = make(bystander(float(theta[0, 0]), float(theta[1, 0]), str(tmp_path)))

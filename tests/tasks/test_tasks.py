@@ -154,7 +154,7 @@ def test_reference_is_normalised_and_samples_what_it_says(task):
     if task.reference is None:
         pytest.skip(f"task '{task.name}' has no reference")
     space = Unbounded(task.prior)
-    for row, x in enumerate(task.test(3, 5)[1]):
+    for row, x in enumerate(task.test(2, 5)[1]):
         draws = task.reference.sample(4000, x, row)
         assert torch.equal(draws, task.reference.sample(4000, x, row))
         assert in_support(task.prior, draws).all()
