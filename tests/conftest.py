@@ -6,11 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 # The same examples in every run, so that a change is what makes a test fail; HYPOTHESIS_PROFILE=explore draws others.
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture
+def rough_figures(monkeypatch):
+    """Figures that are not laid out, three quarters of the time to draw one; tests of plots look at how they are."""
+    monkeypatch.setattr("mlsbi.plots.style.Figure", lambda **options: Figure(**(options | {"layout": None})))
 
 
 @pytest.fixture(scope="session")

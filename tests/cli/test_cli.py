@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import mlsbi
-from mlsbi import TrainingOptions
+from mlsbi import MCMCOptions, TrainingOptions
 from mlsbi.cli.main import main
 from mlsbi.cli.requests import RunRequest
 from mlsbi.store.records import JOINT_STREAM
 from mlsbi.store.store import open_store
+
+pytestmark = pytest.mark.usefixtures("rough_figures")
 
 QUICK = ["--quiet", "--ensemble", "1", "--seed", "1"]
 
@@ -56,9 +58,11 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_epochs(run_folder):
-    """What most is tested by does not depend on how well networks are trained; the run above is trained in full."""
+def little_effort(run_folder):
+    """Most does not depend on how well networks are trained or chains mix; the run above is trained in full."""
     with pytest.MonkeyPatch.context() as patch:
+        for module in ("cli.running", "inference.mcmc_posterior"):
+            patch.setattr(f"mlsbi.{module}.MCMCOptions", partial(MCMCOptions, effective=80))
         patch.setattr("mlsbi.cli.requests.RunRequest", partial(RunRequest, training=TrainingOptions(epochs=15)))
         yield
 

@@ -14,6 +14,8 @@ from mlsbi.strategies.single_level import SingleLevel
 from mlsbi.training.checkpoints import Checkpoint
 from mlsbi.training.loop import _Run
 
+pytestmark = pytest.mark.usefixtures("rough_figures")
+
 STACK = """
 import os, time, torch
 from pathlib import Path

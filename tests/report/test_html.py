@@ -22,6 +22,8 @@ from mlsbi.report.wording import give_or_take
 from mlsbi.store.records import Records, Stream
 from mlsbi.store.store import create_store
 
+pytestmark = pytest.mark.usefixtures("rough_figures")
+
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
