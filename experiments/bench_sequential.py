@@ -74,6 +74,7 @@ SCOUT = Emulation(((GAUSSIAN, TransferThenMultilevel()), (GAUSSIAN, Translation(
 AMORTISED = ("npe", "mf_npe", "auto")
 SEQUENTIAL = ("tsnpe", "mf_tsnpe", "mf_tsnpe_af", "multilevel_rounds")
 METHODS = (*AMORTISED, *SEQUENTIAL, "mf_abc")
+OF_PUBLISHED_DATA = tuple(f"{name}_published" for name in AMORTISED)
 PUBLISHED = {"npe": (0.795, 0.783, 0.629), "mf_npe": (0.740, 0.719, 0.604), "tsnpe": (0.843, 0.773, 0.674),
              "mf_tsnpe": (0.805, 0.781, 0.654), "mf_tsnpe_af": (0.788, 0.752, 0.636)}  # C2ST on ou2
 
@@ -203,8 +204,7 @@ def key(task: str, high: int, method: str, observation: int) -> str:
 
 def methods_of(task: str, data: Path | None) -> tuple[str, ...]:
     """Columns of a task."""
-    extra = tuple(f"{name}_published" for name in AMORTISED) if task == "ou2" and data is not None else ()
-    return (*METHODS, *extra)
+    return (*METHODS, *OF_PUBLISHED_DATA) if task == "ou2" and data is not None else METHODS
 
 
 def known_cells(
@@ -282,8 +282,10 @@ def markdown(table: Mapping[str, Any]) -> str:
     for task, by_high in table.items():
         highs = sorted(by_high, key=int)
         lines += [f"| {task}: expensive runs | " + " | ".join(highs) + " |", "|---" * (len(highs) + 1) + "|"]
-        for method in dict.fromkeys(method for high in highs for method in by_high[high]):
+        for method in (*METHODS, *OF_PUBLISHED_DATA):
             found = [by_high[high].get(method) for high in highs]
+            if not any(found):
+                continue
             lines.append(f"| {method.replace('_', ' ')} | " + " | ".join(
                 "" if each is None else f"{each['c2st_forest']['mean']:.3f}"
                 + ("" if each["observations"] == OBSERVATIONS else f" ({each['observations']})") for each in found)
@@ -301,7 +303,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     for place, (task, high) in enumerate(panels):
         axes = figure.add_subplot(grid[place // 2, place % 2])
         by_method = cells[task][high]
-        names = [name for name in (*METHODS, *(f"{name}_published" for name in AMORTISED)) if name in by_method]
+        names = [name for name in (*METHODS, *OF_PUBLISHED_DATA) if name in by_method]
         for row, name in enumerate(reversed(names)):
             values = [cell["c2st_forest"] for cell in by_method[name].values()]
             colour = TRUTH if name in ("multilevel_rounds", "auto", "auto_published") else COLOURS[0]
