@@ -86,7 +86,7 @@ def test_quality_numbers_are_the_measured_ones(monkeypatch):
     behind = [cells[str(seed)]["score"] - min(columns[single][str(seed)]["score"] for single in columns
                                               if single not in ("published", "auto", "reference"))
               for columns in measured["cells"].values() for cells in [columns["auto"]] for seed in cells]
-    assert f"behind\nit by up to {max(behind):.2f} nats in single seeds" in README
+    assert f"behind it by up to {max(behind):.2f} nats in single seeds" in README
     seconds = sum(cell.get("seconds", 0.0) for columns in measured["cells"].values() for cells in columns.values()
                   for cell in cells.values())
     assert f"Its cells took {seconds / 3600:.0f} process hours" in README

@@ -16,7 +16,7 @@ from theory_checks.scaling import difference_slope, sample_size_slope
 from theory_checks.stacks import gaussians, mixtures, problems, stacks
 from theory_checks.testing import known_constants, properties, two_levels
 
-ROWS = 600
+ROWS = 1500
 SMOOTH = ("gaussian", "mixture")
 ALL = ("gaussian", "mixture", "mdn", "maf", "nsf")
 STACKS = {"coupled": None, "gap": (1e-3, 1.0)}

@@ -20,7 +20,7 @@ STACKS = {"levels": (2, 3), "coupled": None, "gap": (1e-3, 1.0)}
 
 
 @pytest.mark.slow
-@properties(15)
+@properties(25)
 @given(problem=problems(density=("mdn", "maf", "nsf"), **STACKS), seed=st.integers(0, 2**32 - 1))
 def test_poincare_bound_holds_for_every_parameter_of_a_network(problem, seed):
     stack, density = problem
@@ -72,7 +72,7 @@ class _Some:
         return self._integrand.values(theta, x)[:, self._chosen]
 
 
-@properties(25)
+@properties(60)
 @given(problem=problems(estimator="nle", density="gaussian", **STACKS), seed=st.integers(0, 2**32 - 1))
 def test_all_bounds_hold_for_every_parameter_of_a_gaussian(problem, seed):
     stack, density = problem

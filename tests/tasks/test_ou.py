@@ -12,7 +12,7 @@ from mlsbi.simulation.campaign import simulate_joint
 from mlsbi.tasks.ou import OUPosterior, euler, stationary
 
 
-@pytest.fixture(params=[3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(params=[3, 4])
 def task(request):
     return tasks.get("ou", parameters=request.param)
 
