@@ -32,12 +32,13 @@ def test_less_than_the_constant_is_violated_by_extremals(law, share):
     assert (check.verdict == "violated") == (share < 1), str(check)
 
 
-def is_known(check):
-    """Whether a variance is known well enough for a violation to be seen: that of heavy tails is not from 1000 rows."""
-    return check.estimate_error < check.estimate / 6
+def check_violated(check):
+    """Above its bound; by four standard errors too, but where tails are so heavy that 1000 rows leave these large."""
+    assert check.estimate > check.value, str(check)
+    assert check.verdict == "violated" or check.estimate_error > check.estimate / 5, str(check)
 
 
-@properties(20)
+@properties(40)
 @given(problem=problems(density=("gaussian", "mixture"), gap=(1e-4, 1e-3)))
 def test_uncoupled_noise_violates_the_bound(problem):
     """The bound is of coupled levels; rows whose coarse half has other noise exceed it."""
@@ -54,11 +55,10 @@ def test_uncoupled_noise_violates_the_bound(problem):
     assert good.verdict in ("holds", "within error")
     noise_matters = (values[last - 1] - rows.values[last - 1]).std() > 0.1
     assume(noise_matters)  # a density may read nothing of x
-    assume(is_known(bad))
-    assert bad.verdict == "violated", str(bad)
+    check_violated(bad)
 
 
-@properties(20)
+@properties(40)
 @given(problem=problems(density=("gaussian", "mixture"), gap=(1e-4, 1e-3)))
 def test_a_reversed_sign_violates_the_bound(problem):
     stack, density = problem
@@ -68,9 +68,7 @@ def test_a_reversed_sign_violates_the_bound(problem):
     values[last - 1] *= -1
     assume(values[last].std() > 0.1)
     assert sobolev_bound(rows)[last].verdict in ("holds", "within error")
-    bad = sobolev_bound(replace(rows, values=values))[last]
-    assume(is_known(bad))
-    assert bad.verdict == "violated", str(bad)
+    check_violated(sobolev_bound(replace(rows, values=values))[last])
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-5])
