@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all theory lint clean
+.PHONY: demo test slow theory test-all lint clean
 
 # Set-up happens once; touching pyproject.toml or constraints.txt repeats it.
 $(STAMP): pyproject.toml constraints.txt
@@ -18,12 +18,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules -m "not slow" -n 2 --dist worksteal
 
+# What takes more than a few seconds each and has a quicker test beside it.
+slow: $(STAMP)
+	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules -m slow -n 2 --dist worksteal
+
 # The property tests of the theory with ten times as many examples, others in every run.
 theory: $(STAMP)
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest theory_checks -n 2 --dist worksteal
 
-test-all: theory
-	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules
+test-all: test slow theory
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -170,6 +170,7 @@ def test_constants_are_what_the_cases_say():
     assert CASES["one dimension, K_Lip of 5"].lipschitz == 5
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_repetitions():
     """Of bounds and of estimates, whose rows have heavy squares: over 60 seeds z has standard deviation 1."""
     case = CASES["one dimension, K_Lip of 5"]

@@ -142,6 +142,7 @@ def test_every_kind_is_reached():
     }
 
 
+@pytest.mark.slow
 def test_failures_shrink_to_two_small_levels():
     stack = find(
         stacks(generators=["affine", "polynomial"]), lambda stack: isinstance(stack.noise, NormalNoise),

@@ -38,6 +38,7 @@ def test_poincare_bound_holds_for_posteriors_of_every_kind(problem, seed):
     assert not failing(poincare_bound(measured(*problem, seed=seed)))
 
 
+@pytest.mark.slow
 @properties(50)
 @given(problem=problems(estimator="nle", density=ALL, **STACKS), seed=st.integers(0, 2**32 - 1))
 def test_poincare_bound_holds_for_likelihoods_of_every_kind(problem, seed):

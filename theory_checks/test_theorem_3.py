@@ -51,6 +51,7 @@ def test_derivatives_in_parameters_before_a_relu_jump_and_have_no_bound():
     assert broken <= {check.component for check in refused} | {ALL}
 
 
+@pytest.mark.slow
 def test_derivatives_that_jump_fall_at_half_the_rate():
     """Their variance is as the level difference itself, not as its square: a share of rows crosses a step."""
     density = random_network(1, 1, kind="maf", seed=0, scale=0.1)

@@ -566,7 +566,7 @@ def with_draws(case, draws=60, seed=0, **changes):
 class TestInterval:
     @given(case=cases(1, 6), factor=st.floats(1, 1e3), bounds=st.tuples(st.integers(1, 9), st.integers(0, 500)))
     @settings(max_examples=30, deadline=None)
-    @pytest.mark.parametrize("goal", ["budget", "target_variance"])
+    @pytest.mark.parametrize("goal", ["budget", pytest.param("target_variance", marks=pytest.mark.slow)])
     def test_is_that_of_an_allocation_of_each_draw(self, goal, case, factor, bounds):
         low, high = bounds[0], bounds[0] + bounds[1]
         drawn = with_draws(case)

@@ -134,6 +134,7 @@ def test_networks_are_trained_on_all_rows_that_were_run(monkeypatch):
     assert seed != other
 
 
+@pytest.mark.slow
 def test_the_variance_of_a_gradient_has_many_components(report):
     gradient = run(stack(off(0.2), exact), integrand="gradient", density=SMALL)
     assert gradient.integrand == "gradient"

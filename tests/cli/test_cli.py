@@ -183,6 +183,7 @@ def test_an_own_stack_and_an_observation_from_a_file(tmp_path, capsys):
     assert "mine" not in sys.modules
 
 
+@pytest.mark.slow
 def test_an_own_stack_on_several_processes_and_with_tests(mine, tmp_path):
     out = tmp_path / "out"
     arguments = ["--n", "100,20", "--workers", "2", "--tests", "30", "--out", str(out), *QUICK]
@@ -238,6 +239,7 @@ def test_a_strategy_that_fails_leaves_the_others(mine, tmp_path, monkeypatch):
     assert (out / "data.npz").is_file()
 
 
+@pytest.mark.slow
 def test_a_likelihood_of_several_outputs(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--n", "400,40", "--observations", "4", "--tests", "6", "--draws", "60", "--out", str(out)]
@@ -277,6 +279,7 @@ def test_a_likelihood_where_the_task_has_a_posterior(tmp_path):
     assert checks["likelihood_kld"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_what_fails_after_training_does_not_take_the_rest_with_it(mine, tmp_path, monkeypatch):
     from mlsbi.cli import running
 
@@ -293,6 +296,7 @@ def test_what_fails_after_training_does_not_take_the_rest_with_it(mine, tmp_path
     assert "weights are nowhere finite" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_finished_strategies_stay_when_a_later_one_crashes(mine, tmp_path, monkeypatch):
     from mlsbi.strategies.single_level import SingleLevel
 
@@ -312,6 +316,7 @@ def test_finished_strategies_stay_when_a_later_one_crashes(mine, tmp_path, monke
     assert (out / "data.npz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_overwriting_touches_no_other_folder(mine, tmp_path):
     other = tmp_path / "another-run" / "model"
     other.mkdir(parents=True)
@@ -321,6 +326,7 @@ def test_overwriting_touches_no_other_folder(mine, tmp_path):
     assert (other / "model.json").is_file()
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_nothing_of_the_run_before(mine, run_folder, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run_folder, out)
@@ -350,6 +356,7 @@ def test_plan_prints_and_draws(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plan").iterdir()} == {"store", *figures}
 
 
+@pytest.mark.slow
 def test_plan_with_optimal_weights_says_what_they_gain(tmp_path, capsys):
     arguments = ["plan", "ou", "--pilot", "16", "--quiet", "--out", str(tmp_path / "plan")]
     assert main([*arguments, "--budget", "5000", "--weights", "optimal"]) == 0
@@ -456,6 +463,7 @@ stack = LevelStack(BoxPrior([0.0], [1.0]), lambda n, generator: torch.randn(n, 1
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(Left out|Replaced) rows")
 def test_plan_says_what_levels_are_worth_within_the_budget_and_goes_on_after_a_repair(tmp_path, capsys):
     pytest.importorskip("sklearn")
@@ -562,6 +570,7 @@ def test_rounds_for_one_observation(own_stack, tmp_path, capsys, monkeypatch):
     assert "round-2/store" in printed
 
 
+@pytest.mark.slow
 def test_rounds_go_on_from_the_rows_of_a_plan(own_stack, tmp_path):
     out, target = tmp_path / "out", own_stack[1]
     assert main(["plan", target, "--budget", "750", "--pilot", "8", "--out", str(out), "--seed", "0", "--quiet"]) == 0
@@ -573,6 +582,7 @@ def test_rounds_go_on_from_the_rows_of_a_plan(own_stack, tmp_path):
     assert not list((out / "rounds").glob("round-1/store"))
 
 
+@pytest.mark.slow
 def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [*own_stack, "--rounds", "2", "--tests", "0", "--out", str(out), "--n"]
@@ -588,6 +598,7 @@ def test_overwriting_rounds_moves_the_old_ones_aside(own_stack, tmp_path, capsys
     assert "Checks are on" not in " ".join(read_results(out)["verdict"])
 
 
+@pytest.mark.slow
 def test_rounds_go_on_after_the_code_changed_on_ones_word(own_stack, tmp_path):
     arguments = [*own_stack, "--rounds", "2", "--n", "60,10", "--tests", "4", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -622,6 +633,7 @@ def test_rounds_that_do_not_fit_stop_before_anything_is_run(own_stack, more, mat
     assert not list(out.glob("store/*"))
 
 
+@pytest.mark.slow
 def test_rounds_of_a_likelihood_are_those_of_the_whole_prior(tmp_path):
     np.save(tmp_path / "x.npy", mlsbi.tasks.get("ou").test(1, 3)[1][0].numpy())
     out = tmp_path / "out"

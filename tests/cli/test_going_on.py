@@ -107,6 +107,7 @@ def test_a_killed_run_goes_on(folder, monkeypatch):
     assert without_time(read_results(folder / "out")) == without_time(read_results(folder / "undisturbed"))
 
 
+@pytest.mark.slow
 def test_finished_strategies_are_not_trained_again(folder, monkeypatch, capsys):
     def crash(self, *args, **keywords):
         raise KeyboardInterrupt
@@ -146,6 +147,7 @@ def test_another_request_does_not_go_on(folder, capsys):
     assert simulations(folder).count("h") - done.count("h") == 40 - kept + 10
 
 
+@pytest.mark.slow
 def test_simulations_of_another_stack_are_moved_aside_when_overwriting(folder, capsys):
     assert call(folder) == 0
     (folder / "mine.py").write_text(STACK.replace("+ 0.01", "+ 0.02"))
@@ -157,6 +159,7 @@ def test_simulations_of_another_stack_are_moved_aside_when_overwriting(folder, c
     assert "are in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_and_its_run_share_their_pilot(folder):
     arguments = [f"{folder}/mine.py:stack", "--budget", "600", "--pilot", "12", "--quiet", "--out",
                  str(folder / "out")]
@@ -169,6 +172,7 @@ def test_a_plan_and_its_run_share_their_pilot(folder):
     assert simulations(folder).count("h") == results["spent"]["n"][1] + 1  # and the observation
 
 
+@pytest.mark.slow
 def test_a_mended_simulator_goes_on_with_what_is_there(folder, capsys):
     failing = STACK.replace("theta[:1] + 0.1 * noise + 0.01", "theta[:1] + 0.1 * noise if theta[0] < 0.9 else 1 // 0")
     (folder / "mine.py").write_text(failing)
@@ -184,6 +188,7 @@ def test_a_mended_simulator_goes_on_with_what_is_there(folder, capsys):
     assert read_results(folder / "out")["spent"]["failures"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_store_in_use_is_neither_moved_nor_cleared(folder, capsys):
     assert call(folder) == 0
     before = (folder / "out" / "results.json").read_bytes()
@@ -196,6 +201,7 @@ def test_a_store_in_use_is_neither_moved_nor_cleared(folder, capsys):
     assert not (folder / "out" / "store-1").exists()
 
 
+@pytest.mark.slow
 def test_damage_is_named_before_anything_is_removed(folder, capsys):
     assert call(folder) == 0
     before = (folder / "out" / "results.json").read_bytes()
@@ -236,6 +242,7 @@ def test_the_failures_of_a_run_are_the_user_s_to_judge(folder, capsys):
     assert done < simulations(folder).count("h")
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_interrupted(folder, monkeypatch, capsys):
     assert call(folder, out="undisturbed") == 0
     monkeypatch.setattr(Checkpoint, "due", True)  # a version after every epoch

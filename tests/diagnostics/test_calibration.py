@@ -62,7 +62,7 @@ def test_false_alarms_are_rare():
     assert np.mean(rank_uniformity(ranks, N) < 0.05) < 0.1
 
 
-@pytest.mark.parametrize("width", [0.7, 1.4])
+@pytest.mark.parametrize("width", [0.7, pytest.param(1.4, marks=pytest.mark.slow)])
 def test_wrong_widths_are_found(width):
     hpd, tarp, ranks = levels_and_ranks(width)
     assert rejected(uniformity, hpd) > 0.95
@@ -71,7 +71,7 @@ def test_wrong_widths_are_found(width):
     assert rejected(uniformity, tarp) > 0.85
 
 
-@pytest.mark.parametrize("width", [0.7, 1.4])
+@pytest.mark.parametrize("width", [0.7, pytest.param(1.4, marks=pytest.mark.slow)])
 def test_folding_finds_widths_that_tarp_levels_and_ranks_alone_often_miss(width):
     _, tarp, ranks = levels_and_ranks(width, noise=0.1)
     assert 0.7 < rejected(uniformity, tarp) < 0.95

@@ -98,6 +98,7 @@ def root(*terms):
     return sum(np.sqrt(values.var(ddof=1) * cost) for values, cost in terms)
 
 
+@pytest.mark.slow
 def test_a_level_is_judged_beside_the_best_of_the_others():
     stack = stack_of(noisy, mixed, finest)
     losses = np.random.default_rng(0).normal(size=(30, 3)) @ np.array([[1, 0.9, 0.9], [0, 0.3, 0.25], [0, 0, 0.1]])
@@ -127,6 +128,7 @@ def test_no_level_is_worth_it_where_the_finest_alone_is_best():
     assert all(level.cost_factor < 1 for level in found.levels)
 
 
+@pytest.mark.slow
 def test_identical_levels_have_one_score():
     def first(theta, noise):
         return finest(theta, noise)
@@ -143,6 +145,7 @@ def test_identical_levels_have_one_score():
     assert two.cost_factor == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_cost_factor_has_an_interval():
     stack = stack_of(noisy, finest)
     rng = np.random.default_rng(0)
@@ -167,6 +170,7 @@ def test_the_cost_factor_has_an_interval():
         transfer(stack, report)
 
 
+@pytest.mark.slow
 def test_variance_saved_by_a_network_that_learns_nothing_is_not_worth_it():
     stack = stack_of(useless, finest)
     losses = np.random.default_rng(0).normal(size=(100, 1)) * [1, 1] + [0, 1]  # functions of theta alone
@@ -176,6 +180,7 @@ def test_variance_saved_by_a_network_that_learns_nothing_is_not_worth_it():
     assert "saved only because the network learns nothing from the outputs" in found.verdict
 
 
+@pytest.mark.slow
 def test_an_integrand_that_is_constant_at_the_finest_level_only():
     stack = stack_of(noisy, finest)
     losses = np.random.default_rng(0).normal(size=(40, 2)) * [1, 0]
@@ -184,6 +189,7 @@ def test_an_integrand_that_is_constant_at_the_finest_level_only():
     assert "there is no variance that multilevel training could reduce" in str(found)
 
 
+@pytest.mark.slow
 def test_words_for_every_cost():
     stack = stack_of(mixed, finest)
     dear = transfer(stack, report_on(stack, 40, costs=(9.0, 10.0)), progress=False)
@@ -200,6 +206,7 @@ def test_words_for_every_cost():
     assert "multilevel training costs as much with it as without" in near.verdict
 
 
+@pytest.mark.slow
 def test_repeats_are_paid_for_kept_and_matched_by_theta(tmp_path):
     def failing(theta, noise):
         return torch.where(noise > 2, torch.inf, finest(theta, noise))

@@ -76,6 +76,7 @@ def test_a_parameter_that_the_cheap_level_ignores_counts_nothing():
     assert read.mean > 0.15  # negative control: any summary shares something
 
 
+@pytest.mark.slow
 def test_another_order_keeps_the_information_and_loses_what_is_carried():
     rng = np.random.default_rng(0)
     theta = rng.normal(size=(300, 1))
@@ -98,6 +99,7 @@ def test_few_rows_find_most_of_what_is_linear(n, least):
         assert least < np.mean(values) < exact + 0.1
 
 
+@pytest.mark.slow
 def test_squares_are_seen_at_pilot_sizes_beside_what_is_linear():
     rng = np.random.default_rng(0)
     theta = rng.uniform(size=(100, 2)) * [6, 1] + [0, 0.2]
@@ -107,6 +109,7 @@ def test_squares_are_seen_at_pilot_sizes_beside_what_is_linear():
     assert found.values[1] > 0.1 > found.control
 
 
+@pytest.mark.slow
 def test_information_has_no_sign_and_what_is_carried_has_one():
     theta, low, high = gaussian(100, outputs=3)
     straight, flipped = (mutual_information(sign * low, high, theta) for sign in (1, -1))

@@ -199,6 +199,7 @@ def test_emcee_recovers_a_gaussian():
     assert (off(chain.draws[:, 0], target.mean, 1.2 * target.covariance_matrix) > SIGMAS).any()
 
 
+@pytest.mark.slow
 def test_emcee_recovers_a_banana():
     chain = run_emcee(banana, normals(128, 3), effective=1500, seed=0)
     assert chain.convergence[0].converged
@@ -294,13 +295,15 @@ def test_hmc_recovers_different_densities_at_once():
     assert torch.allclose(chain.log_density[5], log_density(chain.draws[5]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_hmc_recovers_a_banana():
     chain = run_hmc(banana, normals(1, 32, 3), effective=1500, seed=0)
     assert chain.convergence[0].converged
     assert (off(straight(chain.draws[:, 0]), torch.zeros(3), torch.eye(3)) < SIGMAS).all()
 
 
-@pytest.mark.parametrize("rule", [1, 0, -1], ids=["right", "always", "sign-flipped"])
+@pytest.mark.parametrize("rule", [*(pytest.param(rule, marks=pytest.mark.slow) for rule in (1, 0)), -1],
+                         ids=["right", "always", "sign-flipped"])
 def test_hmc_without_its_accept_step_is_wrong(monkeypatch, rule):
     """The negative control of detailed balance: without it the moments are wrong."""
     target = correlated(20)

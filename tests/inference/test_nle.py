@@ -80,7 +80,8 @@ def fit_likelihood(strategy, density=None):
     return nle, loss.mean().item()
 
 
-@pytest.mark.parametrize("strategy", ["multilevel", "transfer", "high"])
+@pytest.mark.parametrize("strategy", ["multilevel",
+                                      *(pytest.param(name, marks=pytest.mark.slow) for name in ("transfer", "high"))])
 def test_nle_recovers_a_gaussian_likelihood_and_posterior(strategy):
     nle, loss = fit_likelihood(strategy)
     assert loss < 0.05  # nats; what a small network loses on 3000 rows
@@ -122,6 +123,7 @@ def test_mcmc_with_the_exact_likelihood_gives_the_exact_posterior(method):
     assert torch.allclose(values.float(), exact.log_prob(samples[:200]), atol=5 * evidence.standard_error.item() + 1e-3)
 
 
+@pytest.mark.slow
 def test_more_observations_narrow_the_posterior():
     widths = []
     for m in (1, 4, 16):
@@ -320,6 +322,7 @@ def test_bad_calls(small):
         NLE(BOX, x_transform="log")
 
 
+@pytest.mark.slow
 def test_one_line_changes_the_method():
     """The whole grid on one data object."""
     data = data_for(BOX, n=(60, 20))

@@ -88,6 +88,7 @@ def test_npe_recovers_a_gaussian_posterior(strategy):
     assert torch.allclose(samples.std(0), spread, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_the_low_level_alone_recovers_another_posterior():
     """The negative control of the test above: its bound would notice a strategy that believes the low level."""
     assert fit_gaussian("low")[2] > 0.5

@@ -379,7 +379,7 @@ def test_a_round_without_rows_to_train_on_stops_before_it_is_paid_for():
     assert sum(n for name, n in CALLS if name == "high") == 60
 
 
-@pytest.mark.parametrize("on_failure", ["drop", "redraw"])
+@pytest.mark.parametrize("on_failure", [pytest.param("drop", marks=pytest.mark.slow), "redraw"])
 def test_a_budget_holds_where_rows_fail(on_failure):
     def fragile(theta, noise):
         return torch.where(noise[:, :1] > 0.3, math.nan, high(theta, noise))  # 38%
@@ -393,7 +393,8 @@ def test_a_budget_holds_where_rows_fail(on_failure):
     assert found.spent == pytest.approx(found.data.runs[0] + 20 * found.data.runs[1])
 
 
-@pytest.mark.parametrize("pair_costs", [None, [1.0, 5.0, 20.0], [1.0, 30.0, 60.0]])
+@pytest.mark.parametrize("pair_costs", [pytest.param(None, marks=pytest.mark.slow), [1.0, 5.0, 20.0],
+                                        pytest.param([1.0, 30.0, 60.0], marks=pytest.mark.slow)])
 def test_three_levels_and_costs_of_pairs(pair_costs):
     base = make_stack()
     middle = Level("middle", lambda theta, noise: 1.05 * theta + SD * noise, cost=6.0)

@@ -492,7 +492,8 @@ def write_store(folder, failed):
 
 
 @pytest.mark.parametrize(("store", "drawn"), [("whole", True), ("repaired", False), ("damaged", False),
-                                              ("gone", False), ("unnamed", False)])
+                                              *(pytest.param(store, False, marks=pytest.mark.slow)
+                                                for store in ("gone", "unnamed"))])
 def test_the_map_of_failures_is_drawn_from_the_store(tmp_path, store, drawn):
     results = {**make_results(), "pilot": None}
     results["files"] = {"data": "data.npz", "reference": None} | ({} if store == "unnamed" else {"store": "store"})

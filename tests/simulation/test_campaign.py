@@ -183,6 +183,7 @@ def unseeded_noise(n, generator):
     return {"u": torch.randn(n, 3), "v": torch.rand(n, generator=generator)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=str)
 def test_changes_in_place_are_found_where_they_happen(options):
     with pytest.raises(ValueError, match="level 'low' changed theta or noise in place"):
@@ -203,6 +204,7 @@ def spoiling_row(theta, noise):
     return x
 
 
+@pytest.mark.slow
 def test_rows_that_a_simulator_changes_are_its_own():
     stack = make(low=spoiling_row, high=spoiling_row)
     data = run(stack, n=(300, 50))

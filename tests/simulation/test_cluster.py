@@ -134,6 +134,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(client, tmp_path):
     assert not store.failures().size
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_workers_is_found_and_the_rest_is_finished(client, tmp_path):
     theta, _ = RowSource(make(), seed=1, stream=1).rows(0, 16)
     row, next_row = theta[:, 0].argsort(descending=True)[:2].tolist()
@@ -152,6 +153,7 @@ def test_a_row_that_kills_its_workers_is_found_and_the_rest_is_finished(client, 
     assert store.failures()["message"].str.contains("the last 2 times alone").all()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_ends_in_the_middle_is_told_and_nothing_is_lost(tmp_path):
     n, log = (40, 100), tmp_path / "log"
     stack = make(pause=0.04, log=str(log))

@@ -283,7 +283,7 @@ def whole_numbers():
     )
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def pool(request):
     with LokyExecutor(request.param) as executor:
         yield executor

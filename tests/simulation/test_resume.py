@@ -221,6 +221,7 @@ def test_the_finest_level_is_run_first(tmp_path):
     assert {name for name, _ in order[4:]} == {0}
 
 
+@pytest.mark.slow
 def test_a_pilot_and_its_campaign_share_a_store(tmp_path, counted):
     stack, store = stack_of(*counted), tmp_path / "store"
     report = pilot(stack, 16, seed=0, store=store, progress=False)

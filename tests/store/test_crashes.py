@@ -105,7 +105,8 @@ def test_killed_at_any_operation(tmp_path, monkeypatch, whole):
         check_after_crash(folder, (folder / "log").read_bytes(), data)
 
 
-@pytest.mark.parametrize("error", [Stop, lambda: OSError(errno.EIO, "no such luck")], ids=["stopped", "failing"])
+@pytest.mark.parametrize("error", [pytest.param(Stop, marks=pytest.mark.slow),
+                                   lambda: OSError(errno.EIO, "no such luck")], ids=["stopped", "failing"])
 def test_an_error_in_any_operation(tmp_path, monkeypatch, whole, error):
     data, operations = whole
 

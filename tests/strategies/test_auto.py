@@ -194,7 +194,7 @@ COVERING = [(NPE, Auto((Multilevel("estimated"), TransferLearning()))), (NLE, Au
 
 
 @pytest.mark.parametrize(("kind", "strategy"), COVERING, ids=lambda value: getattr(value, "__name__", None))
-@pytest.mark.parametrize("most", [None, 4])
+@pytest.mark.parametrize("most", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_replicates_are_the_estimators_they_would_be_alone(kind, strategy, most, monkeypatch):
     """In one go, or where no more than two of them fit into one."""
     if most is not None:

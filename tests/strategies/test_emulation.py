@@ -26,7 +26,7 @@ def gaussian(n, seed=0, sd=0.5):
 
 def test_the_posterior_is_that_of_the_finest_level_from_few_runs():
     """Sixty runs of it: a Gaussian's mean and width are learned to about 0.5 / sqrt(60) and a tenth."""
-    npe = NPE(PRIOR, strategy=Emulation(BY_HIGH), seed=0, training=TrainingOptions(learning_rate=5e-3))
+    npe = NPE(PRIOR, strategy=Emulation(BY_HIGH, rows=2048), seed=0, training=TrainingOptions(learning_rate=5e-3))
     npe.fit(gaussian((200, 60)), progress=False)
     for x in (-1.0, 0.0, 1.0):
         draws = npe.posterior([x]).sample((4000,), seed=1)[:, 0]

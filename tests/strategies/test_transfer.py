@@ -149,6 +149,7 @@ def test_alignment_maps_the_cheap_level_first(stages):
     assert torch.equal(stages[1]["train"][0].fine, stages[3]["train"][0].fine)
 
 
+@pytest.mark.slow
 def test_transfer_beats_the_finest_level_alone_with_few_pairs():
     options = TrainingOptions(epochs=150, learning_rate=2e-3, patience=15)
     data, test = data_of(2, (2000, 12)), data_of(2, (1, 500), seed=9).levels[1]

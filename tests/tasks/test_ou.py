@@ -17,6 +17,9 @@ def task(request):
     return tasks.get("ou", parameters=request.param)
 
 
+THE_FOURTH_IS_SLOW = pytest.mark.parametrize("task", [3, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+
+
 def start_of(theta):
     return theta[:, 3] if theta.shape[1] == 4 else torch.full_like(theta[:, 0], 2.0)
 
@@ -153,6 +156,7 @@ def test_prior_nlpd_is_the_published_one(parameters, nlpd):
     assert -task.prior.log_prob(task.test(1, 0)[0]).item() == pytest.approx(nlpd, abs=5e-4)  # printed digits
 
 
+@THE_FOURTH_IS_SLOW
 def test_exact_posterior_is_calibrated_and_a_narrow_one_is_not(task):
     r"""Ranks of the truth among posterior draws are uniform (KS over 150 observations, each parameter)."""
     truth, x = task.test(150, 4)
@@ -175,6 +179,7 @@ def test_exact_posterior_is_calibrated_and_a_narrow_one_is_not(task):
     assert min(centred(narrow)) < 1e-3
 
 
+@THE_FOURTH_IS_SLOW
 def test_draws_at_another_observation_fail(task):
     r"""The exact posterior of one row judged by the truth of another: what mixing up rows would look like."""
     theta, x = task.test(500, 5)

@@ -405,6 +405,7 @@ print("the same", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tmp_path):
     command = [sys.executable, "-c", SCRIPT.format(folder=str(Path(__file__).parent)), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

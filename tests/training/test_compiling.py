@@ -186,7 +186,8 @@ def compiled_and_plain(builder, objective, members, options):
 
 
 @pytest.mark.parametrize(("builder", "objective", "members"), [
-    (SMALL, Objective("estimated"), 1), pytest.param(DROPPING, ADJUSTED, 2, marks=pytest.mark.slow),
+    pytest.param(SMALL, Objective("estimated"), 1, marks=pytest.mark.slow),
+    pytest.param(DROPPING, ADJUSTED, 2, marks=pytest.mark.slow),
     (MIXTURE, Objective(difference_penalty=1.0), 3),
 ], ids=["nsf", "dropout", "mdn"])
 def test_a_traced_loss_trains_as_the_loss_itself(monkeypatch, builder, objective, members):
