@@ -10,21 +10,41 @@ from torch import Tensor
 __all__ = ["climb"]
 
 
+_PATIENCE = 25  # steps in which some point must rise
+_GAIN = 1e-3  # by so much in log density
+
+
 def climb(log_density: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) -> Tensor:
-    r"""Moves points uphill by Adam.
+    r"""Moves points uphill by Adam, until none rises any more.
 
     Args:
-        log_density: From points `(k, D)` to values `(k,)`, differentiable.
+        log_density: From points `(k, D)` to values `(k,)`, differentiable; where they are not finite, nothing moves.
         start: Where to begin, shape `(k, D)`.
-        steps: Steps of the ascent.
+        steps: Steps of the ascent, at most.
 
     Returns:
-        Points `(k, D)`; one that ran off, on a ridge or to an edge, may be lower than its start.
+        The highest point on each way, `(k, D)`.
+
+    Example:
+        >>> climb(lambda z: -(z - 1).square().sum(1), torch.tensor([[0.0], [0.5]]), steps=500).round(decimals=1)
+        tensor([[1.],
+                [1.]])
     """
     points = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([points], lr=0.02)
+    found, top = start.clone(), torch.full_like(start[:, 0], -torch.inf)
+    mark, since = top, 0
     for _ in range(steps):
-        value = log_density(points).sum()
-        points.grad = -torch.autograd.grad(value, points)[0]
+        value = log_density(points)
+        finite = value.isfinite()
+        higher = finite & (value.detach() > top)
+        found = torch.where(higher[:, None], points.detach(), found)
+        top = torch.where(higher, value.detach(), top)
+        since += 1
+        if bool((top > mark + _GAIN).any()):
+            mark, since = torch.where(top > mark + _GAIN, top, mark), 0
+        if since == _PATIENCE:
+            break
+        points.grad = -torch.autograd.grad(value.where(finite, 0.0).sum(), points)[0]
         optimiser.step()
-    return points.detach()
+    return found

@@ -196,8 +196,7 @@ class MCMCPosterior:
 
         def density(z: Tensor) -> Tensor:
             theta = self._unbounded.back(z)
-            value = self.prior.log_prob(theta) + self._log_likelihood(theta[:, None], sets)[:, 0]
-            return value.where(value.isfinite(), 0.0)
+            return self.prior.log_prob(theta) + self._log_likelihood(theta[:, None], sets)[:, 0]
 
         found = self._unbounded.back(climb(density, self._unbounded.to(start), steps=steps))
         candidates = torch.cat([start, found])

@@ -40,6 +40,7 @@ def test_information_that_is_not_there_is_seldom_above_the_control():
     assert shared.mean > 2 * shared.control
 
 
+@pytest.mark.slow
 def test_what_a_summary_was_fitted_to_is_not_what_it_is_judged_by():
     exact = -0.5 * np.log(1 - 1 / (1 + 3**2 / 10) ** 2)  # the mean of ten outputs says all
     found = [mutual_information(low, high, theta, permutations=1).mean

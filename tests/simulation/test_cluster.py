@@ -214,6 +214,7 @@ def test_the_example_runs_here_and_goes_on(tmp_path):
     assert 0 < float(difference.square().mean().sqrt()) < 0.2 * float(store.data().levels[1].fine.mean())
 
 
+@pytest.mark.slow
 def test_the_example_makes_a_job_for_slurm(example, tmp_path):
     jobqueue = pytest.importorskip("dask_jobqueue")
     options = {**example.SLURM, "log_directory": str(tmp_path)}

@@ -166,7 +166,7 @@ def test_failed_rows_are_told_with_the_fraction_and_what_it_means():
 
 
 @FAILING
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_by_default_a_failure_ends_the_campaign(top, status, message, workers):
     with pytest.raises(SimulationError, match="of 'high' failed. Row ") as caught:
         run(stack_of(top), batch_size=4, workers=workers)
