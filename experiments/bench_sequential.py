@@ -316,7 +316,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         axes.axvline(0.5, color="grey", linewidth=1.0)
         dress(axes, title=f"{task}, {high} expensive runs", grid="x", x="C2ST (random forest), 0.5 is best")
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in reversed(names)])
-        add_legend(axes, loc="upper left")
+        add_legend(axes, loc="lower right", bbox_to_anchor=(1.0, 0.98))  # beside the title
     figure.savefig(path, dpi=80)
 
 
