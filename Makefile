@@ -18,7 +18,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules -m "not slow" -n 2 --dist worksteal
 
-# What takes more than a few seconds each and has a quicker test beside it.
+# What `make test` leaves out: more than a few seconds each.
 slow: $(STAMP)
 	@$(BIN)/python -m pytest tests mlsbi theory_checks --doctest-modules -m slow -n 2 --dist worksteal
 

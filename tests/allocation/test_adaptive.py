@@ -204,7 +204,7 @@ def failing(index, share):
 def test_failed_rows_are_paid_for_and_what_they_leave_is_spent(on_failure, shares, rounds):
     levels = [Level(f"level {i}", failing(i, share), cost)
               for i, (share, cost) in enumerate(zip(shares, COSTS, strict=True))]
-    for seed in range(2):
+    for seed in range(4):
         campaign = simulate_adaptively(LevelStack(PRIOR, noise, levels), 6000, on_failure=on_failure,
                                        **{**OPTIONS, "seed": seed, "rounds": rounds, "pilot_rows": 40})
         runs = campaign.data.runs

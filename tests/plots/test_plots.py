@@ -277,7 +277,7 @@ class TestPlanning:
         ratio = curves[-1].errors[at] / curves[0].errors[at] - 1
         assert f"level 2 alone {ratio:+.0%}" in texts
 
-    @pytest.mark.parametrize("levels", [2, 9, pytest.param(15, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("levels", [2, 9, *(pytest.param(levels, marks=pytest.mark.slow) for levels in (3, 15))])
     def test_names_of_error_lines_do_not_overlap(self, levels):
         figure = plots.errors(make_curves(levels, budget=1e9), 1e9)
         figure.savefig(io.BytesIO(), dpi=100)

@@ -13,7 +13,7 @@ def draws(dim):
     return np.random.default_rng(0).normal(size=(3, 100, dim)) / np.array([1, 2, 4])[:, None, None]
 
 
-@pytest.mark.parametrize("dim", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [1, 3, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (2, 5))])
 def test_every_round_and_parameter_is_there(dim):
     figure = plots.rounds(DONE, draws(dim), levels=["low", "high"], exact=draws(dim)[2],
                           names=[f"p{index}" for index in range(dim)])
