@@ -9,7 +9,6 @@ from torch import Tensor
 
 __all__ = ["climb"]
 
-
 _PATIENCE = 25  # steps in which some point must rise
 _GAIN = 1e-3  # by so much in log density
 
@@ -34,7 +33,7 @@ def climb(log_density: Callable[[Tensor], Tensor], start: Tensor, *, steps: int)
     optimiser = torch.optim.Adam([points], lr=0.02)
     found, top = start.clone(), torch.full_like(start[:, 0], -torch.inf)
     mark, since = top, 0
-    for _ in range(steps):
+    for step in range(steps + 1):  # where the last one leads counts too
         value = log_density(points)
         finite = value.isfinite()
         higher = finite & (value.detach() > top)
@@ -43,7 +42,7 @@ def climb(log_density: Callable[[Tensor], Tensor], start: Tensor, *, steps: int)
         since += 1
         if bool((top > mark + _GAIN).any()):
             mark, since = torch.where(top > mark + _GAIN, top, mark), 0
-        if since == _PATIENCE:
+        if since == _PATIENCE or step == steps:
             break
         points.grad = -torch.autograd.grad(value.where(finite, 0.0).sum(), points)[0]
         optimiser.step()

@@ -149,8 +149,7 @@ class DirectPosterior:
         at = torch.zeros(len(start), dtype=torch.long)
         found = climb(lambda z: self._log_prob_rows(self._unbounded.back(z), embedded, at), self._unbounded.to(start),
                       steps=steps)
-        # An ascent that ran off, on a ridge or to an edge, loses to where it began.
-        candidates = torch.cat([start, self._unbounded.back(found)])
+        candidates = torch.cat([start, self._unbounded.back(found)])  # there and back may round a point out of a box
         return candidates[self.log_prob(candidates, batch).argmax()]
 
     def to_frame(self, n: int = 1000, x: Any = None, seed: int | None = None) -> pd.DataFrame:

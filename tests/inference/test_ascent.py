@@ -21,3 +21,8 @@ def test_it_stops_where_nothing_is_gained():
 def test_points_that_have_no_density_stay():
     start = torch.tensor([[1.0, 2.0]])
     assert torch.equal(climb(lambda z: z.sum(1) * torch.nan, start, steps=100), start)
+
+
+def test_where_the_last_step_leads_counts():
+    found = climb(lambda z: z[:, 0], torch.zeros(1, 1), steps=1)
+    assert found.item() > 0
