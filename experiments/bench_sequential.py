@@ -10,6 +10,8 @@ Observations: of `ou2` the ten that were published with the training data (`--da
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
   `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
   by emulation: the first by three Gaussian emulators alone);
+- `multilevel_rounds_nle`: a likelihood learned from the rows inside the truncated prior of `multilevel_rounds`, by
+  transfer learning and the multilevel objective after it, sampled by importance;
 - `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
 
 Networks that go on in a later round hold out other rows than before, some of which they were trained on.
@@ -45,10 +47,14 @@ from torch import Tensor
 
 from mlsbi import (
     MDN,
+    NLE,
     NPE,
     Auto,
     Emulation,
+    MCMCOptions,
+    MCMCPosterior,
     MultilevelData,
+    SequentialInference,
     SingleLevel,
     TransferLearning,
     TransferThenMultilevel,
@@ -72,7 +78,8 @@ GAUSSIAN = MDN(components=1)
 SCOUT = Emulation(((GAUSSIAN, TransferThenMultilevel()), (GAUSSIAN, Translation()), (GAUSSIAN, TransferLearning())),
                   rows=4096)
 AMORTISED = ("npe", "mf_npe", "auto")
-SEQUENTIAL = ("tsnpe", "mf_tsnpe", "mf_tsnpe_af", "multilevel_rounds")
+OWN = ("multilevel_rounds", "multilevel_rounds_nle")  # of the same rounds
+SEQUENTIAL = ("tsnpe", "mf_tsnpe", "mf_tsnpe_af", *OWN)
 METHODS = (*AMORTISED, *SEQUENTIAL, "mf_abc")
 OF_PUBLISHED_DATA = tuple(f"{name}_published" for name in AMORTISED)
 PUBLISHED = {"npe": (0.795, 0.783, 0.629), "mf_npe": (0.740, 0.719, 0.604), "tsnpe": (0.843, 0.773, 0.674),
@@ -160,22 +167,39 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
         options |= {"strategy": "high", "n": [(part,)] * ROUNDS}
     elif job.method == "mf_tsnpe_af":
         options["active"] = 0.2
-    elif job.method == "multilevel_rounds":
+    elif job.method in OWN:
         costs = task.stack.row_costs if task.stack is not None else None
         assert costs is not None
         options = {"rounds": OWN_ROUNDS, "strategy": (SCOUT, Emulation()), "pilot_rows": 8,
                    "budget": LOW * costs[0] + job.high * costs[1]}
-    shared = folder / "rounds" / f"{job.task}-{job.high}-{job.method}-{first}"
+    shared = folder / "rounds" / f"{job.task}-{job.high}-{rounds_of(job)}-{first}"
     run = infer_sequentially(stack, x_o, seed=first, ensemble=MEMBERS, density=task.density, embedding=task.embedding,
                              x_transform=task.x_transform, folder=shared, progress=False, **options)
     exact = task.reference.sample(EXACT_DRAWS, x_o, seed=first) if task.reference is not None else None
     lost = run.truncation_error(exact)[-1] if exact is not None else None
+    if job.method == "multilevel_rounds_nle":
+        posterior = likelihood_posterior(task, run, first)
+        draws = posterior.sample((DRAWS,), seed=first)
+        return draws, {"lost": lost, "spent": run.spent, "effective": posterior.convergence[0].effective[0]}
     return run.posterior.sample((DRAWS,), seed=first), {
         "lost": lost, "spent": run.spent, "shares": [done.share for done in run.rounds],
         "n": [done.n for done in run.rounds], "leakage": [done.leakage for done in run.rounds],
         "c2st_rounds": [forest(task, x_o, posterior.sample((DRAWS,), seed=first), first + (job.observation or 0))
                         for posterior in run.posteriors],
     }
+
+
+def likelihood_posterior(task: Task, run: SequentialInference, seed: int) -> MCMCPosterior:
+    """The posterior by a likelihood that is learned from the rows inside the last round's truncated prior."""
+    estimator = NLE(run.priors[-1], strategy=TransferThenMultilevel(), density=GAUSSIAN, x_transform=task.x_transform,
+                    seed=seed)
+    estimator.fit(run.inside, MEMBERS, progress=False)
+    return estimator.posterior(run.x, mcmc=MCMCOptions(method="importance", effective=DRAWS))
+
+
+def rounds_of(job: Job) -> str:
+    """The method whose rounds a job uses."""
+    return OWN[0] if job.method in OWN else job.method
 
 
 def forest(task: Task, x_o: Tensor, draws: Tensor, seed: int) -> float:
@@ -228,18 +252,23 @@ def known_cells(
     return found
 
 
-def jobs_of(names: Sequence[str], high: Sequence[int], data: Path | None, known: Mapping[Any, Any]) -> list[list[Job]]:
-    """What is missing, in groups to be run one after the other: those of a group share a first round."""
-    groups: list[list[Job]] = []
+def jobs_of(
+    names: Sequence[str], high: Sequence[int], only: Sequence[str] | None, data: Path | None, known: Mapping[Any, Any]
+) -> list[list[Job]]:
+    """What is missing, in groups to be run one after the other: those of a group share rounds."""
+    groups: dict[tuple[str, int, str], list[Job]] = {}
     for task in names:
         for each in high:
             for method in methods_of(task, data):
-                missing = [index for index in range(OBSERVATIONS) if (task, each, method, index) not in known]
-                if missing and method.removesuffix("_published") in AMORTISED:
-                    groups.append([Job(task, each, method)])
-                elif missing:
-                    groups.append([Job(task, each, method, index) for index in missing])
-    return groups
+                if only and method not in only:
+                    continue
+                jobs = [Job(task, each, method, index) for index in range(OBSERVATIONS)
+                        if (task, each, method, index) not in known]
+                if jobs and method.removesuffix("_published") in AMORTISED:
+                    jobs = [Job(task, each, method)]
+                if jobs:
+                    groups.setdefault((task, each, rounds_of(jobs[0])), []).extend(jobs)
+    return list(groups.values())
 
 
 def run_group(jobs: Sequence[Job], data: Path | None, first: int, folder: Path) -> str:
@@ -306,7 +335,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         names = [name for name in (*METHODS, *OF_PUBLISHED_DATA) if name in by_method]
         for row, name in enumerate(reversed(names)):
             values = [cell["c2st_forest"] for cell in by_method[name].values()]
-            colour = TRUTH if name in ("multilevel_rounds", "auto", "auto_published") else COLOURS[0]
+            colour = TRUTH if name in (*OWN, "auto", "auto_published") else COLOURS[0]
             axes.plot(values, [row] * len(values), "o", markersize=4, alpha=0.5, color=colour)
             axes.plot([statistics.mean(values)] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2.2)
             reported = PUBLISHED.get(name.removesuffix("_published"))
@@ -333,9 +362,7 @@ def main() -> None:
     parser.add_argument("--gather", action="store_true", help="only gather what is there")
     options = parser.parse_args()
     known = known_cells(options.tasks, options.data, options.cells, options.first)
-    groups = [] if options.gather else jobs_of(options.tasks, options.high, options.data, known)
-    if options.only:
-        groups = [group for group in groups if group[0].method in options.only]
+    groups = [] if options.gather else jobs_of(options.tasks, options.high, options.only, options.data, known)
     print(f"{sum(map(len, groups))} jobs to run, {len(known)} cells known", flush=True)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(run_group, group, options.data, options.first, options.cells)

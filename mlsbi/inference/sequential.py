@@ -133,6 +133,14 @@ class SequentialInference:
         """Cost of all rounds."""
         return self.rounds[-1].spent
 
+    @property
+    def inside(self) -> MultilevelData:
+        """Rows of all rounds inside what the last round drew theta from, `priors[-1]`.
+
+        A likelihood can be learned from them too: `NLE(found.priors[-1], ...).fit(found.inside).posterior(found.x)`.
+        """
+        return _inside(self.data, self.priors[-1])
+
     def truncation_error(self, theta: Tensor) -> tuple[float, ...]:
         r"""Share of draws from the exact posterior `(n, D)` outside what theta of each round were drawn from.
 

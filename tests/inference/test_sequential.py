@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import mlsbi
-from mlsbi import MDN, BoxPrior, Level, LevelStack, Multilevel, SimulationError, SingleLevel, TrainingOptions
+from mlsbi import (
+    MDN,
+    NLE,
+    BoxPrior,
+    Level,
+    LevelStack,
+    MCMCOptions,
+    Multilevel,
+    SimulationError,
+    SingleLevel,
+    TrainingOptions,
+)
 from mlsbi.inference.active import ActiveProposal, disagreement
 from mlsbi.inference.budgeting import Bought, Budget
 from mlsbi.inference.sequential import infer_sequentially
@@ -94,6 +105,22 @@ def test_rows_come_from_the_truncated_prior_at_every_level(budgeted):
                 assert prior.holds(new).all()
                 inside = prior.holds(budgeted.data.levels[level].theta[: before[level] + done.n[level]])
                 assert int(inside.sum()) == done.inside[level]
+
+
+def test_a_likelihood_is_learned_from_the_rows_inside(budgeted, tmp_path):
+    inside, prior = budgeted.inside, budgeted.priors[-1]
+    assert inside.n == budgeted.rounds[-1].inside
+    assert all(prior.holds(level.theta).all() for level in inside.levels)
+    nle = NLE(prior, strategy="transfer_then_multilevel", seed=0, density=MDN(components=1, hidden=16, layers=1),
+              training=TrainingOptions(epochs=60, learning_rate=5e-3)).fit(inside, 3, progress=False)
+    nle.save(tmp_path / "likelihood")
+    posterior = mlsbi.load(tmp_path / "likelihood", prior).posterior(budgeted.x, mcmc=MCMCOptions(method="importance"))
+    draws = posterior.sample((2000,), seed=1)
+    assert prior.holds(draws).all()
+    assert float((draws.mean(0) - X_O).abs().max()) < 0.3 * SD
+    assert float((draws.std(0) / SD - 1).abs().max()) < 0.2
+    assert posterior.log_prob(X_O + 20 * SD).isneginf()  # outside, where nothing was learned
+    assert float((posterior.map(seed=0) - X_O).abs().max()) < 0.3 * SD
 
 
 def test_regions_are_nested(budgeted):
