@@ -5,13 +5,13 @@ Observations: of `ou2` the ten that were published with the training data (`--da
 10 000 cheap ones. The exact posterior is known for both tasks.
 
 - amortised: `npe` (expensive runs alone), `mf_npe` (transfer learning), `auto`; on `ou2` all three on the published
-  training data too, which is not coupled (`..._published`);
+  training data too, which is not coupled (`..._published`); `multilevel_nle`, a likelihood by transfer learning and the
+  multilevel objective after it, sampled by importance;
 - sequential, rounds of equal numbers of expensive runs: `tsnpe`, `mf_tsnpe`, `mf_tsnpe_af` (five rounds, as
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
   `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
   by emulation: the first by three Gaussian emulators alone);
-- `multilevel_rounds_nle`: a likelihood learned from the rows inside the truncated prior of `multilevel_rounds`, by
-  transfer learning and the multilevel objective after it, sampled by importance;
+- `multilevel_rounds_nle`: as `multilevel_nle`, from the rows inside the truncated prior of `multilevel_rounds`;
 - `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
 
 Networks that go on in a later round hold out other rows than before, some of which they were trained on.
@@ -44,6 +44,7 @@ import torch
 from runner import RESULTS, keep_cell, provenance, read_cell, write_result
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor
+from torch.distributions import Distribution
 
 from mlsbi import (
     MDN,
@@ -52,9 +53,7 @@ from mlsbi import (
     Auto,
     Emulation,
     MCMCOptions,
-    MCMCPosterior,
     MultilevelData,
-    SequentialInference,
     SingleLevel,
     TransferLearning,
     TransferThenMultilevel,
@@ -77,11 +76,12 @@ ROUNDS, OWN_ROUNDS, MEMBERS = 5, 2, 5
 GAUSSIAN = MDN(components=1)
 SCOUT = Emulation(((GAUSSIAN, TransferThenMultilevel()), (GAUSSIAN, Translation()), (GAUSSIAN, TransferLearning())),
                   rows=4096)
-AMORTISED = ("npe", "mf_npe", "auto")
+OF_ANY_DATA = ("npe", "mf_npe", "auto")
+AMORTISED = (*OF_ANY_DATA, "multilevel_nle")
 OWN = ("multilevel_rounds", "multilevel_rounds_nle")  # of the same rounds
 SEQUENTIAL = ("tsnpe", "mf_tsnpe", "mf_tsnpe_af", *OWN)
 METHODS = (*AMORTISED, *SEQUENTIAL, "mf_abc")
-OF_PUBLISHED_DATA = tuple(f"{name}_published" for name in AMORTISED)
+OF_PUBLISHED_DATA = tuple(f"{name}_published" for name in OF_ANY_DATA)
 PUBLISHED = {"npe": (0.795, 0.783, 0.629), "mf_npe": (0.740, 0.719, 0.604), "tsnpe": (0.843, 0.773, 0.674),
              "mf_tsnpe": (0.805, 0.781, 0.654), "mf_tsnpe_af": (0.788, 0.752, 0.636)}  # C2ST on ou2
 
@@ -137,17 +137,25 @@ def run_job(job: Job, data: Path | None, first: int, folder: Path) -> str:
     return f"{job.task}, {job.high}, {job.method}, observation {job.observation}: C2ST {mean:.3f}"
 
 
-def amortised(job: Job, task: Task, data: Path | None, first: int) -> tuple[NPE, float]:
+def amortised(job: Job, task: Task, data: Path | None, first: int) -> tuple[NPE | NLE, float]:
     """One training for all observations."""
     base = job.method.removesuffix("_published")
-    strategy = {"npe": SingleLevel(-1), "mf_npe": TransferLearning(), "auto": Auto()}[base]
     rows = published_data(data, job.high) if base != job.method and data is not None \
         else task.simulate((LOW, job.high), first)
-    estimator = NPE(task.prior, strategy=strategy, density=task.density, embedding=task.embedding,
-                    x_transform=task.x_transform, seed=first)
+    if base == "multilevel_nle":
+        estimator: NPE | NLE = likelihood_of(task, task.prior, first)
+    else:
+        strategy = {"npe": SingleLevel(-1), "mf_npe": TransferLearning(), "auto": Auto()}[base]
+        estimator = NPE(task.prior, strategy=strategy, density=task.density, embedding=task.embedding,
+                        x_transform=task.x_transform, seed=first)
     began = time.perf_counter()
     estimator.fit(rows, MEMBERS, progress=False)
     return estimator, time.perf_counter() - began
+
+
+def likelihood_of(task: Task, prior: Distribution, seed: int) -> NLE:
+    """A Gaussian likelihood, untrained."""
+    return NLE(prior, strategy=TransferThenMultilevel(), density=GAUSSIAN, x_transform=task.x_transform, seed=seed)
 
 
 def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -178,23 +186,15 @@ def asked_for(job: Job, task: Task, x_o: Tensor, first: int, folder: Path) -> tu
     exact = task.reference.sample(EXACT_DRAWS, x_o, seed=first) if task.reference is not None else None
     lost = run.truncation_error(exact)[-1] if exact is not None else None
     if job.method == "multilevel_rounds_nle":
-        posterior = likelihood_posterior(task, run, first)
-        draws = posterior.sample((DRAWS,), seed=first)
-        return draws, {"lost": lost, "spent": run.spent, "effective": posterior.convergence[0].effective[0]}
+        estimator = likelihood_of(task, run.priors[-1], first).fit(run.inside, MEMBERS, progress=False)
+        posterior = estimator.posterior(run.x, mcmc=MCMCOptions(method="importance", effective=DRAWS))
+        return posterior.sample((DRAWS,), seed=first), {"lost": lost, "spent": run.spent}
     return run.posterior.sample((DRAWS,), seed=first), {
         "lost": lost, "spent": run.spent, "shares": [done.share for done in run.rounds],
         "n": [done.n for done in run.rounds], "leakage": [done.leakage for done in run.rounds],
         "c2st_rounds": [forest(task, x_o, posterior.sample((DRAWS,), seed=first), first + (job.observation or 0))
                         for posterior in run.posteriors],
     }
-
-
-def likelihood_posterior(task: Task, run: SequentialInference, seed: int) -> MCMCPosterior:
-    """The posterior by a likelihood that is learned from the rows inside the last round's truncated prior."""
-    estimator = NLE(run.priors[-1], strategy=TransferThenMultilevel(), density=GAUSSIAN, x_transform=task.x_transform,
-                    seed=seed)
-    estimator.fit(run.inside, MEMBERS, progress=False)
-    return estimator.posterior(run.x, mcmc=MCMCOptions(method="importance", effective=DRAWS))
 
 
 def rounds_of(job: Job) -> str:
@@ -335,7 +335,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         names = [name for name in (*METHODS, *OF_PUBLISHED_DATA) if name in by_method]
         for row, name in enumerate(reversed(names)):
             values = [cell["c2st_forest"] for cell in by_method[name].values()]
-            colour = TRUTH if name in (*OWN, "auto", "auto_published") else COLOURS[0]
+            colour = TRUTH if name in (*OWN, "multilevel_nle", "auto", "auto_published") else COLOURS[0]
             axes.plot(values, [row] * len(values), "o", markersize=4, alpha=0.5, color=colour)
             axes.plot([statistics.mean(values)] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2.2)
             reported = PUBLISHED.get(name.removesuffix("_published"))
