@@ -12,6 +12,7 @@ Observations: of `ou2` the ten that were published with the training data (`--da
   `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
   by emulation: the first by three Gaussian emulators alone);
 - `multilevel_rounds_nle`: as `multilevel_nle`, from the rows inside the truncated prior of `multilevel_rounds`;
+  its seconds are without the rounds, which are kept;
 - `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
 
 Networks that go on in a later round hold out other rows than before, some of which they were trained on.
