@@ -5,23 +5,23 @@ Observations: of `ou2` the ten that were published with the training data (`--da
 10 000 cheap ones. The exact posterior is known for both tasks.
 
 - amortised: `npe` (expensive runs alone), `mf_npe` (transfer learning), `auto`; on `ou2` all three on the published
-  training data too, which is not coupled (`..._published`); `multilevel_nle`, a likelihood by transfer learning and the
-  multilevel objective after it, sampled by importance;
+  training data too, which is not coupled (`..._published`); `multilevel_nle`, a Gaussian likelihood by transfer
+  learning and the multilevel objective after it, sampled by importance;
 - sequential, rounds of equal numbers of expensive runs: `tsnpe`, `mf_tsnpe`, `mf_tsnpe_af` (five rounds, as
   published: region by the 1e-6 quantile, networks that go on, a fifth of theta by disagreement), and
   `multilevel_rounds` at the same total cost (two rounds, each divided over levels inside the truncated prior, trained
   by emulation: the first by three Gaussian emulators alone);
 - `multilevel_rounds_nle`: as `multilevel_nle`, from the rows inside the truncated prior of `multilevel_rounds`;
-  its seconds are without the rounds, which are kept;
+  its seconds count the rounds only where these are not kept;
 - `mf_abc`, multifidelity rejection; negative weights count as 0 when it is drawn from.
 
 Networks that go on in a later round hold out other rows than before, some of which they were trained on.
 
-All neural methods have ensembles of five of the task's network. Scores are C2ST of 1000 against 1000 draws: of a random
-forest with five folds, as published, and of the perceptron of `sbi`; the share of the exact posterior outside
-what the last round drew theta from; what was spent. A cell is one (task, runs, method, observation), kept in `--cells`
-and in the result file, so that an interrupted run goes on; another `--first`, or other observations for want of
-`--data`, need another `--cells`.
+All neural methods have ensembles of five, of the task's network unless said otherwise. Scores are C2ST of 1000 against
+1000 draws: of a random forest with five folds, as published, and of the perceptron of `sbi`; the share of the exact
+posterior outside what the last round drew theta from; what was spent. A cell is one (task, runs, method, observation),
+kept in `--cells` and in the result file, so that an interrupted run goes on; another `--first`, or other observations
+for want of `--data`, need another `--cells`.
 
     python experiments/bench_sequential.py --data FOLDER --workers 2
 """
@@ -68,7 +68,7 @@ from mlsbi.levels import LevelStack
 from mlsbi.plots.style import COLOURS, TRUTH, add_legend, dress, new_figure
 from mlsbi.tasks import Task
 
-# Raised when what is measured changes; 1 of all others.
+# Raised when what is measured changes, of methods of OWN together; 1 of all others.
 METHOD = {"tsnpe": 2, "mf_tsnpe": 2, "mf_tsnpe_af": 2, "multilevel_rounds": 2}
 NAME = "bench_sequential"
 LOW, HIGH = 10_000, (50, 100, 1000)

@@ -137,7 +137,9 @@ class SequentialInference:
     def inside(self) -> MultilevelData:
         """Rows of all rounds inside what the last round drew theta from, `priors[-1]`.
 
-        A likelihood can be learned from them too: `NLE(found.priors[-1], ...).fit(found.inside).posterior(found.x)`.
+        A likelihood can be learned from them too: `NLE(found.priors[-1], ...).fit(found.inside).posterior(found.x)`,
+        whose evidence is that of the truncated prior. With `keep="all"` or `active` levels may have other laws in it
+        than one another: then learn by a strategy that takes no sum over levels.
         """
         return _inside(self.data, self.priors[-1])
 

@@ -117,9 +117,13 @@ def test_a_likelihood_is_learned_from_the_rows_inside(budgeted, tmp_path):
     posterior = mlsbi.load(tmp_path / "likelihood", prior).posterior(budgeted.x, mcmc=MCMCOptions(method="importance"))
     draws = posterior.sample((2000,), seed=1)
     assert prior.holds(draws).all()
+    theta = sample_prior(prior, 2000, seed=2)
+    assert float((theta.std(0) / SD - 1).abs().min()) > 0.4  # which the region's own draws would not pass
     assert float((draws.mean(0) - X_O).abs().max()) < 0.3 * SD
     assert float((draws.std(0) / SD - 1).abs().max()) < 0.2
-    assert posterior.log_prob(X_O + 20 * SD).isneginf()  # outside, where nothing was learned
+    outside = X_O + 20 * SD * torch.tensor([1.0, -1.0])  # inside the prior, where nothing was learned any more
+    assert budgeted.priors[0].log_prob(outside).isfinite()
+    assert posterior.log_prob(outside).isneginf()
     assert float((posterior.map(seed=0) - X_O).abs().max()) < 0.3 * SD
 
 
