@@ -164,6 +164,7 @@ def test_published_methods_are_options():
     assert found.rounds[-1].trained == (200, 30)
     assert [len(prior.regions) for prior in found.priors[1:]] == [1, 1]  # the last round's alone
     assert found.rounds[-1].inside[0] < 200
+    assert found.inside.n == found.rounds[-1].inside  # which are fewer than it trained on
     assert found.spent == pytest.approx(30 * 21 + 200 + 2)  # two rows of the first round are replayed
     single = infer(make_stack(levels=1), rounds=2, n=(41,), strategy=SingleLevel(-1), outside=1e-3)
     assert [done.n for done in single.rounds] == [(21,), (20,)]
@@ -481,6 +482,7 @@ def test_rounds_that_contradict_each_other_give_what_was_found(monkeypatch):
     with pytest.raises(TruncationError) as caught:
         infer(rounds=2, n=(60, 16))
     assert len(caught.value.found.rounds) == 1
+    assert caught.value.found.inside.n == caught.value.found.data.n  # of the whole prior
     assert caught.value.found.posterior.sample((2,), seed=0).shape == (2, 2)
 
 
